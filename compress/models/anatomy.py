@@ -1,0 +1,243 @@
+"""The anatomy of each model family: where its parts are, told once, for pruning, quantising and exporting.
+
+Imports no torch, so that `compress check` can reason about a model from its `config.json` alone. Paths are attribute
+paths of the `transformers` classes (5.x); those of a layer's parts are relative to the layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from compress.errors import InvalidInput
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Projections of one attention block. Either `q`, `k`, `v` or the fused `qkv` is set.
+
+    `qkv_layout` says how the rows of `qkv` lie: `stacked` is [q; k; v], `per_head` is [q_h; k_h; v_h] head by head.
+    """
+
+    path: str
+    out: str
+    q: str = ""
+    k: str = ""
+    v: str = ""
+    qkv: str = ""
+    qkv_layout: Literal["", "stacked", "per_head"] = ""
+    q_norm: str = ""
+    k_norm: str = ""
+
+
+@dataclass(frozen=True)
+class Mlp:
+    """`down(act(gate(x)) * up(x))`, or `down(act(up(x)))` where there is no gate."""
+
+    up: str
+    down: str
+    gate: str = ""
+
+
+@dataclass(frozen=True)
+class Family:
+    """One family of transformers.
+
+    residual: `pre` x+attn(norm(x)) then x+mlp(norm(x)); `parallel` x+attn(norm1(x))+mlp(norm2(x));
+    `post` norm(x+attn(x)) then norm(x+mlp(x)). In `post` the two norms are those after each block.
+    `conv1d`: the projections are `transformers.pytorch_utils.Conv1D`, whose weights are (in, out).
+    `keys`: where `config.json` has another word for Hugging Face's common key.
+    """
+
+    name: str
+    model_types: tuple[str, ...]
+    kind: Literal["decoder", "encoder"]
+    backbone: str
+    layers: str
+    token_embedding: str
+    attention: Attention
+    mlp: Mlp
+    attention_norm: str
+    mlp_norm: str
+    norm: Literal["rms", "layer"]
+    residual: Literal["pre", "parallel", "post"]
+    position: Literal["rotary", "learned"]
+    final_norm: str = ""
+    position_embedding: str = ""
+    type_embedding: str = ""
+    embedding_norm: str = ""
+    lm_head: str = ""
+    conv1d: bool = False
+    keys: Mapping[str, str] = field(default_factory=dict)
+
+    def key(self, common: str) -> str:
+        """This family's word in `config.json` for Hugging Face's common key."""
+        return self.keys.get(common, common)
+
+
+LLAMA = Family(
+    name="llama",
+    model_types=("llama", "mistral", "qwen2", "qwen3"),
+    kind="decoder",
+    backbone="model",
+    layers="layers",
+    token_embedding="embed_tokens",
+    attention=Attention(
+        path="self_attn", q="q_proj", k="k_proj", v="v_proj", out="o_proj", q_norm="q_norm", k_norm="k_norm"
+    ),
+    mlp=Mlp(gate="mlp.gate_proj", up="mlp.up_proj", down="mlp.down_proj"),
+    attention_norm="input_layernorm",
+    mlp_norm="post_attention_layernorm",
+    norm="rms",
+    residual="pre",
+    position="rotary",
+    final_norm="norm",
+    lm_head="lm_head",
+)
+
+GPT_NEOX = Family(
+    name="gpt_neox",
+    model_types=("gpt_neox",),
+    kind="decoder",
+    backbone="gpt_neox",
+    layers="layers",
+    token_embedding="embed_in",
+    attention=Attention(path="attention", qkv="query_key_value", qkv_layout="per_head", out="dense"),
+    mlp=Mlp(up="mlp.dense_h_to_4h", down="mlp.dense_4h_to_h"),
+    attention_norm="input_layernorm",
+    mlp_norm="post_attention_layernorm",
+    norm="layer",
+    residual="parallel",  # `use_parallel_residual: false` in config.json means pre: see ModelShape.residual
+    position="rotary",
+    final_norm="final_layer_norm",
+    lm_head="lm_head",
+)
+
+GPT2 = Family(
+    name="gpt2",
+    model_types=("gpt2",),
+    kind="decoder",
+    backbone="transformer",
+    layers="h",
+    token_embedding="wte",
+    position_embedding="wpe",
+    attention=Attention(path="attn", qkv="c_attn", qkv_layout="stacked", out="c_proj"),
+    mlp=Mlp(up="mlp.c_fc", down="mlp.c_proj"),
+    attention_norm="ln_1",
+    mlp_norm="ln_2",
+    norm="layer",
+    residual="pre",
+    position="learned",
+    final_norm="ln_f",
+    lm_head="lm_head",
+    conv1d=True,
+    keys={
+        "num_hidden_layers": "n_layer",
+        "hidden_size": "n_embd",
+        "num_attention_heads": "n_head",
+        "intermediate_size": "n_inner",
+        "max_position_embeddings": "n_positions",
+        "hidden_act": "activation_function",
+        "norm_eps": "layer_norm_epsilon",
+    },
+)
+
+BERT = Family(
+    name="bert",
+    model_types=("bert",),
+    kind="encoder",
+    backbone="bert",
+    layers="encoder.layer",
+    token_embedding="embeddings.word_embeddings",
+    position_embedding="embeddings.position_embeddings",
+    type_embedding="embeddings.token_type_embeddings",
+    embedding_norm="embeddings.LayerNorm",
+    attention=Attention(path="attention", q="self.query", k="self.key", v="self.value", out="output.dense"),
+    mlp=Mlp(up="intermediate.dense", down="output.dense"),
+    attention_norm="attention.output.LayerNorm",
+    mlp_norm="output.LayerNorm",
+    norm="layer",
+    residual="post",
+    position="learned",
+    keys={"norm_eps": "layer_norm_eps"},
+)
+
+FAMILIES = (LLAMA, GPT_NEOX, GPT2, BERT)
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What a `config.json` says of a model's size, in Hugging Face's words whatever its family."""
+
+    family: Family
+    model_type: str
+    num_hidden_layers: int
+    hidden_size: int
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+    residual: Literal["pre", "parallel", "post"]
+
+    @property
+    def num_layer_parameters(self) -> int:
+        """Parameters of the matrices of one layer (norms and biases, under 1 %, left out)."""
+        q_out, kv_out = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
+        attention = self.hidden_size * (2 * q_out + 2 * kv_out)
+        return attention + (3 if self.family.mlp.gate else 2) * self.hidden_size * self.intermediate_size
+
+    @property
+    def num_embedding_parameters(self) -> int:
+        """Parameters of the token and position embeddings and of an untied output head."""
+        tables = 1 if self.tie_word_embeddings or self.family.kind == "encoder" else 2
+        positions = self.max_position_embeddings if self.family.position == "learned" else 0
+        return (tables * self.vocab_size + positions) * self.hidden_size
+
+    @property
+    def num_parameters(self) -> int:
+        """Estimated parameters of the whole model."""
+        return self.num_hidden_layers * self.num_layer_parameters + self.num_embedding_parameters
+
+
+def family_of(model_type: str, where: str = "model") -> Family:
+    """The family of a Hugging Face `model_type`. Raises InvalidInput, naming what is supported, for any other."""
+    for family in FAMILIES:
+        if model_type in family.model_types:
+            return family
+    known = ", ".join(name for family in FAMILIES for name in family.model_types)
+    raise InvalidInput(where, f"model_type {model_type!r} is not supported", f"supported: {known}")
+
+
+def shape_of(config: Mapping[str, Any], where: str = "model") -> ModelShape:
+    """The shape that a parsed `config.json` declares. Raises InvalidInput for an unsupported or incomplete one."""
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str):
+        raise InvalidInput(where, "config.json has no model_type", "is this a transformers model?")
+    family = family_of(model_type, where)
+
+    def number(common: str, default: int | None = None) -> int:
+        value = config.get(family.key(common))
+        value = default if value is None else value
+        if not isinstance(value, int):
+            raise InvalidInput(where, f"config.json has no whole number {family.key(common)!r}", "is it complete?")
+        return value
+
+    hidden_size, num_heads = number("hidden_size"), number("num_attention_heads")
+    return ModelShape(
+        family=family,
+        model_type=model_type,
+        num_hidden_layers=number("num_hidden_layers"),
+        hidden_size=hidden_size,
+        intermediate_size=number("intermediate_size", 4 * hidden_size),
+        num_attention_heads=num_heads,
+        num_key_value_heads=number("num_key_value_heads", num_heads),
+        head_dim=number("head_dim", hidden_size // num_heads),
+        vocab_size=number("vocab_size"),
+        max_position_embeddings=number("max_position_embeddings", 2048),
+        tie_word_embeddings=bool(config.get("tie_word_embeddings", family.name in ("gpt2", "bert"))),
+        residual="pre" if config.get("use_parallel_residual") is False else family.residual,
+    )

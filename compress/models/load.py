@@ -1,0 +1,91 @@
+"""Loading and saving `save_pretrained` folders: safetensors only, strictly, with what must travel beside the weights."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compress.errors import CompressError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+COMPANIONS = ("LICENSE*", "NOTICE*", "README.md", "generation_config.json", "1_Pooling/*", "modules.json",
+              "sentence_bert_config.json", "config_sentence_transformers.json")  # fmt: skip
+"""What travels with every artifact: the source's licence and card, and how its output is used."""
+
+
+def load_model(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model in `folder` in float32 on the CPU, in eval mode, of the class that `config.json` names.
+
+    Every weight must be found and every one found must be used: raises CompressError otherwise.
+    """
+    import torch
+    import transformers
+
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    architecture = (config.get("architectures") or ["AutoModel"])[0]
+    auto: Any = _auto_class(architecture)
+    model, report = auto.from_pretrained(
+        folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True,
+        trust_remote_code=trust_remote_code, local_files_only=True,
+    )  # fmt: skip
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if report.get(kind):
+            names = ", ".join(map(str, sorted(report[kind])[:3]))
+            raise CompressError(str(folder), f"the weights do not fit config.json: {kind} {names}", "is it complete?")
+    assert isinstance(model, transformers.PreTrainedModel)
+    return model.eval()
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in `folder`. Raises CompressError where there is none."""
+    from transformers import AutoTokenizer
+
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.txt", "tokenizer.model")):
+        raise CompressError(str(folder), "has no tokenizer", "add tokenizer.json and tokenizer_config.json")
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    return tokenizer
+
+
+def save_model(model: PreTrainedModel, origin: Path, out: Path) -> None:
+    """Write `model` as safetensors to `out`, with the tokenizer, licence and card of `origin`."""
+    model.save_pretrained(out)
+    _keep_rope_theta(out / "config.json")
+    carry(origin, out)
+
+
+def carry(origin: Path, out: Path) -> None:
+    """Copy the tokenizer, licence and card of `origin` into `out`, leaving what is there already."""
+    for pattern in (*COMPANIONS, "tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "chat_template*"):
+        for file in origin.glob(pattern):
+            destination = out / file.relative_to(origin)
+            if file.is_file() and not destination.exists():
+                destination.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(file, destination)
+
+
+def _auto_class(architecture: str) -> Any:
+    import transformers
+
+    for suffix, auto in (
+        ("ForCausalLM", transformers.AutoModelForCausalLM),
+        ("LMHeadModel", transformers.AutoModelForCausalLM),
+        ("ForSequenceClassification", transformers.AutoModelForSequenceClassification),
+        ("ForMaskedLM", transformers.AutoModelForMaskedLM),
+        ("ForTokenClassification", transformers.AutoModelForTokenClassification),
+    ):
+        if architecture.endswith(suffix):
+            return auto
+    return transformers.AutoModel
+
+
+def _keep_rope_theta(config_file: Path) -> None:
+    """transformers 4 reads `rope_theta` at the top level only, and silently takes 10000 where it is missing."""
+    config = json.loads(config_file.read_text("utf-8"))
+    rope = config.get("rope_parameters")
+    if isinstance(rope, dict) and "rope_theta" in rope:
+        config.setdefault("rope_theta", rope["rope_theta"])
+        config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")

@@ -1,0 +1,153 @@
+"""What a stage is: one frozen pydantic class whose fields are its YAML keys.
+
+`run` reads one artifact (and others by role) and writes one. Everything else here is said without torch, so that
+`compress check` and `compress plan` know a pipeline's shape before anything is computed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from compress.artifact import Artifact, Format, Metrics
+from compress.errors import Problem
+from compress.models.anatomy import ModelShape
+
+if TYPE_CHECKING:
+    from compress.data.text import TextData
+
+SOURCE = "source"
+"""The name of the untouched model in `teacher:`, `require:` and the like."""
+INPUT = "input"
+"""The role of the artifact that the stage before hands on."""
+
+
+class Target(BaseModel):
+    """Where latency is measured: an ONNX Runtime execution provider and the number of intra-op threads."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    provider: Literal["CPUExecutionProvider"] = Field("CPUExecutionProvider", description="ONNX Runtime's name")
+    threads: int = Field(2, ge=1, le=1024, description="intra-op threads, pinned, written into every peer's configuration")
+
+
+@dataclass(frozen=True)
+class Ref:
+    """An artifact that a stage reads beside its input: an earlier stage's (or `source`), taken through hidden stages.
+
+    `Ref("source", via=(("export-onnx", {"format": "int4"}),))` is the source model's own int4 export: an ordinary
+    cached node of the plan that the file does not spell out.
+    """
+
+    of: str
+    via: tuple[tuple[str, Mapping[str, Any]], ...] = ()
+
+
+class Progress(Protocol):
+    """Moves a progress bar on: `advance(steps, note)`."""
+
+    def __call__(self, steps: int = 1, note: str = "") -> None: ...
+
+
+@dataclass(frozen=True)
+class Reporter:
+    """Where a stage says what it does. Progress goes to stderr, and only to a terminal; the log gets everything."""
+
+    log: logging.Logger = field(default_factory=lambda: logging.getLogger("compress"))
+    bar: Callable[[str, int], contextlib.AbstractContextManager[Progress]] | None = None
+
+    @contextlib.contextmanager
+    def progress(self, what: str, total: int) -> Iterator[Progress]:
+        """A bar of `total` steps named `what`, with its ETA; silent where there is no terminal."""
+        if self.bar is None:
+            yield lambda steps=1, note="": None
+        else:
+            with self.bar(what, total) as advance:
+                yield advance
+
+
+@dataclass(frozen=True)
+class StageContext:
+    """What a stage is given to run.
+
+    out: an empty directory for the artifact's files. work: a directory that survives kills (for checkpoints), deleted
+    when the stage is done. inputs: artifacts by role, `input` among them. data: the pipeline's text. A stage writes
+    nowhere else.
+    """
+
+    out: Path
+    work: Path
+    inputs: Mapping[str, Artifact]
+    data: TextData
+    seed: int
+    target: Target
+    reporter: Reporter = field(default_factory=Reporter)
+
+    @property
+    def input(self) -> Artifact:
+        """The artifact that the stage before handed on."""
+        return self.inputs[INPUT]
+
+
+class Stage(BaseModel, ABC):
+    """One step of a pipeline. Subclasses declare the class variables and `run`; their fields are their YAML keys.
+
+    name: as in the pipeline file. version: raised when the same options give another artifact. accepts / returns:
+    formats of the input and of what is written (`measurement` leaves the model as it is for the next stage).
+    kinds: `decoder`, `encoder` or both. data: the splits of text that it reads. measures_hardware: its figures belong
+    to this machine, so the machine is part of its key. seeded: its result depends on the seed.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: ClassVar[str]
+    version: ClassVar[int] = 1
+    summary: ClassVar[str]
+    accepts: ClassVar[frozenset[Format]]
+    returns: ClassVar[Format]
+    kinds: ClassVar[frozenset[str]] = frozenset({"decoder", "encoder"})
+    data: ClassVar[frozenset[Literal["train", "eval"]]] = frozenset()
+    measures_hardware: ClassVar[bool] = False
+    seeded: ClassVar[bool] = False
+
+    def before(self, accepted: Format) -> Sequence[tuple[str, Mapping[str, Any]]]:
+        """Stages that this one is short for, put before it, given the format that it would otherwise receive."""
+        return ()
+
+    def inputs(self) -> Mapping[str, Ref]:
+        """The artifacts read beside the input, by role."""
+        return {}
+
+    def check(self, model: ModelShape) -> Iterator[Problem]:
+        """What is wrong with these options for this model; `where` is the option's name alone (`keep`)."""
+        yield from ()
+
+    def shape(self, model: ModelShape) -> ModelShape:
+        """The shape of the model that comes out."""
+        return model
+
+    def weight_bytes(self, model: ModelShape, before: float) -> float:
+        """Estimated bytes of the weights of what comes out, given its shape and the bytes of what came in."""
+        return before
+
+    def produces(self) -> Sequence[str]:
+        """The figures that it measures, as `require` names them (`perplexity`, `tpot_ms@128`)."""
+        return ()
+
+    def twin(self) -> Self:
+        """The same stage made small enough to run on a two-layer random twin in seconds."""
+        return self
+
+    @abstractmethod
+    def run(self, context: StageContext) -> Metrics:
+        """Write the artifact's files into `context.out` and return its figures by subject.
+
+        Raises StageFailed for what the user can fix.
+        """

@@ -1,0 +1,26 @@
+"""Fixtures that every test may use."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))  # for `import pico`, also in the subprocesses that tests start
+
+from pico import make_pico
+
+
+@pytest.fixture(scope="session")
+def pico(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`pico("llama")` is the folder of a pico model of that family, written once a session. Do not write to it."""
+    folders: dict[str, Path] = {}
+
+    def folder(model_type: str) -> Path:
+        if model_type not in folders:
+            folders[model_type] = make_pico(model_type, tmp_path_factory.mktemp(model_type))
+        return folders[model_type]
+
+    return folder
