@@ -102,7 +102,8 @@ class Stage(BaseModel, ABC):
     name: as in the pipeline file. version: raised when the same options give another artifact. accepts / returns:
     formats of the input and of what is written (`measurement` leaves the model as it is for the next stage).
     kinds: `decoder`, `encoder` or both. data: the splits of text that it reads. measures_hardware: its figures belong
-    to this machine, so the machine is part of its key. seeded: its result depends on the seed.
+    to this machine, so the machine is part of its key. seeded: its result depends on the seed. example: options of a
+    small typical use, for the support matrix; needed only where the defaults alone are not valid.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -116,6 +117,7 @@ class Stage(BaseModel, ABC):
     data: ClassVar[frozenset[Literal["train", "eval"]]] = frozenset()
     measures_hardware: ClassVar[bool] = False
     seeded: ClassVar[bool] = False
+    example: ClassVar[Mapping[str, Any]] = {}
 
     def before(self, accepted: Format) -> Sequence[tuple[str, Mapping[str, Any]]]:
         """Stages that this one is short for, put before it, given the format that it would otherwise receive."""

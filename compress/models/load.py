@@ -1,4 +1,4 @@
-"""Loading and saving `save_pretrained` folders: safetensors only, strictly, with what must travel beside the weights."""
+"""Loading and saving `save_pretrained` folders: safetensors only, strictly, with what must travel with the weights."""
 
 from __future__ import annotations
 
@@ -23,21 +23,26 @@ def load_model(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedMo
     Every weight must be found and every one found must be used: raises CompressError otherwise.
     """
     import torch
-    import transformers
+    from safetensors import SafetensorError
 
     config = json.loads((folder / "config.json").read_text("utf-8"))
     architecture = (config.get("architectures") or ["AutoModel"])[0]
-    auto: Any = _auto_class(architecture)
-    model, report = auto.from_pretrained(
-        folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True,
-        trust_remote_code=trust_remote_code, local_files_only=True,
-    )  # fmt: skip
+    auto: Any = auto_class(architecture)
+    try:
+        model, report = auto.from_pretrained(
+            folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True,
+            trust_remote_code=trust_remote_code, local_files_only=True,
+        )  # fmt: skip
+    except (OSError, SafetensorError, RuntimeError) as error:  # RuntimeError: a weight of another shape
+        first = str(error).strip().partition("\n")[0]
+        what = f"can't be loaded ({first})"
+        raise CompressError(str(folder), what, "are config.json and the weights complete?") from error
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report.get(kind):
             names = ", ".join(map(str, sorted(report[kind])[:3]))
             raise CompressError(str(folder), f"the weights do not fit config.json: {kind} {names}", "is it complete?")
-    assert isinstance(model, transformers.PreTrainedModel)
-    return model.eval()
+    loaded: PreTrainedModel = model.eval()
+    return loaded
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -67,7 +72,8 @@ def carry(origin: Path, out: Path) -> None:
                 shutil.copyfile(file, destination)
 
 
-def _auto_class(architecture: str) -> Any:
+def auto_class(architecture: str) -> Any:
+    """The transformers auto class that builds `architecture`."""
     import transformers
 
     for suffix, auto in (

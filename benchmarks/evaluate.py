@@ -1,0 +1,70 @@
+"""`evaluate`: how good an artifact is, and how far from the source model, on the eval split."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import ClassVar, Literal, Self
+
+from pydantic import Field
+
+from compress.artifact import Format, Metrics, write_json
+from compress.errors import Problem
+from compress.models.anatomy import ModelShape
+from compress.stage import SOURCE, Ref, Stage, StageContext
+
+FIGURES = ("perplexity", "perplexity_ratio", "kl", "top1_agreement", "cosine")
+
+
+class Evaluate(Stage):
+    """Perplexity of any artifact, and its KL, top-1 agreement and paired perplexity ratio against the source."""
+
+    name: ClassVar[str] = "evaluate"
+    summary: ClassVar[str] = "perplexity, KL and top-1 agreement against the source, with standard errors"
+    accepts: ClassVar[frozenset[Format]] = frozenset({"torch", "quantized", "onnx"})
+    returns: ClassVar[Format] = "measurement"
+    data: ClassVar[frozenset[Literal["train", "eval"]]] = frozenset({"eval"})
+
+    tokens: int = Field(8192, ge=8, description="tokens of the eval split that are read")
+    sequence_length: int = Field(256, ge=4, description="tokens in one block; each block is read on its own")
+    against: str = Field(SOURCE, description="the model that it is compared with: source, or an earlier stage's id")
+
+    def inputs(self) -> Mapping[str, Ref]:
+        return {self.against: Ref(self.against)}
+
+    def check(self, model: ModelShape) -> Iterator[Problem]:
+        longest = model.max_position_embeddings
+        if self.sequence_length > longest:
+            yield Problem(
+                "sequence_length", f"{self.sequence_length} tokens, but the model reads at most {longest}", "lower it"
+            )
+        if self.tokens < 2 * self.sequence_length:
+            yield Problem(
+                "tokens", f"{self.tokens} is under two blocks of {self.sequence_length}: no standard error",
+                f"at least {2 * self.sequence_length}",
+            )  # fmt: skip
+
+    def produces(self) -> Sequence[str]:
+        return [name for figure in FIGURES for name in (figure, f"{figure}_se")]
+
+    def twin(self) -> Self:
+        length = min(self.sequence_length, 32)
+        return self.model_copy(update={"sequence_length": length, "tokens": 2 * length})
+
+    def run(self, context: StageContext) -> Metrics:
+        from compress.benchmarks.judging import judge
+
+        found = judge(
+            context.input.path, context.inputs[self.against].path, context.data,
+            sequence_length=self.sequence_length, max_tokens=self.tokens,
+            threads=context.target.threads, reporter=context.reporter,
+        )  # fmt: skip
+        metrics = {"result": found.result(), self.against: found.reference()}
+        written = {
+            "against": self.against,
+            "sequence_length": self.sequence_length,
+            "text": context.data.digest("eval"),
+            "metrics": metrics,
+            "blocks": found.to_json(),
+        }
+        write_json(context.out / "evaluation.json", written)
+        return metrics

@@ -1,0 +1,133 @@
+"""One pass over blocks of text: what a model predicts there, alone and beside a reference model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from compress.benchmarks import quality
+from compress.benchmarks.quality import Estimate, Floats, Ints
+from compress.benchmarks.scorers import Scorer, Task
+from compress.errors import StageFailed
+from compress.stage import Progress
+
+_MASKED_SHARE = 0.15  # of a masked language model's tokens, as in its own training (BERT, sec. 3.1)
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a model is shown (ids, (T,)), which rows of its answer count, and the true token of each (R,), if any."""
+
+    ids_T: Ints
+    rows: Ints | slice
+    targets_R: Ints | None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Sums over each of N blocks, by figure, and the number of predictions (N,) that they are sums of."""
+
+    num_predictions_N: Ints
+    sums: Mapping[str, NDArray[np.float64]]
+
+    def mean(self, figure: str) -> Estimate:
+        """The mean over predictions, with its standard error over blocks."""
+        return quality.cluster_mean(self.sums[figure], self.num_predictions_N)
+
+    def result(self) -> dict[str, float]:
+        """The model's own figures, those of its distance from the reference, and the paired perplexity ratio."""
+        figures: dict[str, float] = {}
+        if "nll" in self.sums:
+            figures |= _named("perplexity", quality.exponential(self.mean("nll")))
+        if "nll" in self.sums and "reference_nll" in self.sums:
+            difference_N = self.sums["nll"] - self.sums["reference_nll"]
+            paired = quality.cluster_mean(difference_N, self.num_predictions_N)
+            figures |= _named("perplexity_ratio", quality.exponential(paired))
+        for figure in ("kl", "top1_agreement", "cosine"):
+            if figure in self.sums:
+                figures |= _named(figure, self.mean(figure))
+        return figures
+
+    def reference(self) -> dict[str, float]:
+        """The reference's own figures on the same blocks."""
+        if "reference_nll" not in self.sums:
+            return {}
+        return _named("perplexity", quality.exponential(self.mean("reference_nll")))
+
+    def to_json(self) -> dict[str, Any]:
+        """Each block's sums, so that a later comparison on the same blocks can be paired."""
+        sums = {figure: values.tolist() for figure, values in self.sums.items()}
+        return {"num_blocks": len(self.num_predictions_N), "num_predictions": self.num_predictions_N.tolist()} | sums
+
+
+def questions(blocks_NT: Ints, task: Task, mask_id: int | None = None) -> list[Question]:
+    """One question a block: the next token of every prefix, or the hidden tokens of a masked language model.
+
+    Which tokens are hidden depends on the block's number only, so every model is asked the same.
+    """
+    if task == "causal":
+        return [Question(ids_T, slice(0, -1), ids_T[1:]) for ids_T in blocks_NT]
+    if task != "masked" or mask_id is None:
+        return [Question(ids_T, slice(None), None) for ids_T in blocks_NT]
+    asked = []
+    for number, ids_T in enumerate(blocks_NT):
+        num_hidden = max(1, round(_MASKED_SHARE * (len(ids_T) - 2)))
+        inner = np.random.default_rng(number).choice(len(ids_T) - 2, num_hidden, replace=False)
+        rows = np.sort(inner) + 1  # the first and last token are [CLS] and [SEP]
+        hidden_T = ids_T.copy()
+        hidden_T[rows] = mask_id
+        asked.append(Question(hidden_T, rows, ids_T[rows]))
+    return asked
+
+
+def evaluate(
+    score: Scorer, reference: Scorer | None, asked: Sequence[Question], task: Task, advance: Progress
+) -> Evaluation:
+    """Ask both models every question, one block in memory at a time. The same scorer twice is run once.
+
+    Raises StageFailed where a model answers with numbers that are not finite.
+    """
+    rows: list[dict[str, float]] = []
+    counts: list[int] = []
+    for number, question in enumerate(asked):
+        answer = _finite(score(question.ids_T), number)[question.rows]
+        theirs = None
+        if reference is not None:
+            same = reference is score
+            theirs = answer if same else _finite(reference(question.ids_T), number)[question.rows]
+        rows.append({figure: float(values.sum()) for figure, values in _figures(answer, theirs, question, task)})
+        counts.append(len(answer))
+        advance(1)
+    return Evaluation(np.array(counts), {figure: np.array([row[figure] for row in rows]) for figure in rows[0]})
+
+
+def _figures(
+    answer: Floats, theirs: Floats | None, question: Question, task: Task
+) -> Iterator[tuple[str, NDArray[np.float64]]]:
+    if question.targets_R is not None:
+        yield "nll", quality.token_nll(answer, question.targets_R)
+        if theirs is not None:
+            yield "reference_nll", quality.token_nll(theirs, question.targets_R)
+    if theirs is None:
+        return
+    if task == "embedding":
+        yield "cosine", quality.cosine(theirs, answer)
+    else:
+        yield "kl", quality.token_kl(theirs, answer)
+        yield "top1_agreement", quality.top1_agreement(theirs, answer)
+
+
+def _finite(answer: Floats, number: int) -> Floats:
+    if not np.isfinite(answer).all():
+        raise StageFailed(
+            "evaluate", f"the model's output on block {number} is not finite", "compare with the stage before it"
+        )
+    return answer
+
+
+def _named(name: str, estimate: Estimate) -> dict[str, float]:
+    return {name: estimate.value, f"{name}_se": estimate.se}

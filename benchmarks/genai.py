@@ -1,0 +1,62 @@
+"""onnxruntime-genai's own model builder and its folders: the peer that our exports are held against."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+from compress.errors import CompressError
+
+CONFIG = "genai_config.json"
+
+
+def with_threads(folder: Path, threads: int, into: Path) -> Path:
+    """A copy of `folder` in the new directory `into` whose decoder runs with `threads` threads.
+
+    The files are links; only `genai_config.json` is another, because onnxruntime-genai takes one thread where it says
+    nothing. Raises CompressError for a folder without one.
+    """
+    source = folder / CONFIG
+    if not source.is_file():
+        raise CompressError(
+            str(folder), f"has no {CONFIG}", "onnxruntime-genai needs one; measure it with --runtime ort"
+        )
+    into.mkdir(parents=True)
+    for file in folder.iterdir():
+        if file.is_file() and file.name != CONFIG:
+            _link(file.resolve(), into / file.name)
+    config: dict[str, Any] = json.loads(source.read_text("utf-8"))
+    options = config["model"]["decoder"].setdefault("session_options", {})
+    options |= {"intra_op_num_threads": threads, "inter_op_num_threads": 1}
+    (into / CONFIG).write_text(json.dumps(config, indent=1), "utf-8")
+    return into
+
+
+def build(source: Path, out: Path, precision: Literal["int4", "fp32"], cache: Path) -> list[str]:
+    """Build `source` (a `save_pretrained` folder) for the CPU with onnxruntime-genai's builder, with its defaults.
+
+    Returns the command. Raises CompressError, with the builder's last line, where it fails.
+    """
+    command = [
+        sys.executable, "-m", "onnxruntime_genai.models.builder",
+        "-m", str(source), "-o", str(out), "-p", precision, "-e", "cpu", "-c", str(cache),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0 or not (out / "model.onnx").is_file():
+        words = (done.stderr.strip() or done.stdout.strip()).splitlines()
+        raise CompressError("onnxruntime-genai's builder", f"failed: {words[-1] if words else 'it said nothing'}")
+    return command
+
+
+def _link(file: Path, to: Path) -> None:
+    """A hard link where the file system allows one (the runtime refuses weights behind a symbolic link), else a copy."""
+    try:
+        os.link(file, to)
+    except OSError:
+        import shutil
+
+        shutil.copyfile(file, to)

@@ -1,0 +1,62 @@
+"""Folders and text in, an evaluation out: what the `evaluate` stage and `compress eval` share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from compress.benchmarks.evaluation import Evaluation, evaluate, questions
+from compress.benchmarks.quality import Ints
+from compress.benchmarks.scorers import open_scorer, task_of
+from compress.data.text import TextData
+from compress.errors import StageFailed
+from compress.models.load import load_tokenizer
+from compress.stage import Reporter
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def judge(
+    subject: Path, reference: Path | None, data: TextData, *,
+    sequence_length: int, max_tokens: int, threads: int, reporter: Reporter,
+) -> Evaluation:  # fmt: skip
+    """Evaluate the model in `subject` on the eval split, beside the one in `reference` where there is one.
+
+    Raises StageFailed where the two folders' tokenizers disagree on this text (then no figure of one could be held
+    against the other's), where there are fewer than two blocks, or where a model's output is not finite.
+    """
+    task = task_of(reference or subject)
+    tokenizer = load_tokenizer(reference or subject)
+    inner = sequence_length if task == "causal" else sequence_length - 2
+    blocks_NT = data.blocks("eval", tokenizer, inner, max_tokens)
+    if len(blocks_NT) < 2:
+        raise StageFailed(
+            "evaluate", f"the eval text has {len(blocks_NT)} block(s) of {sequence_length} tokens; 2 are the least",
+            "give more text, more tokens or a shorter sequence_length",
+        )  # fmt: skip
+    if reference is not None and not _same_tokenizer_file(subject, reference):
+        theirs_NT = data.blocks("eval", load_tokenizer(subject), inner, max_tokens)
+        if not np.array_equal(blocks_NT, theirs_NT):
+            raise StageFailed("evaluate", f"the tokenizers of {subject} and {reference} differ", "use the same one")
+    if task != "causal":
+        blocks_NT = _with_edges(blocks_NT, tokenizer)
+    score = open_scorer(subject, task, threads=threads)
+    beside = score if reference == subject else reference and open_scorer(reference, task, threads=threads)
+    asked = questions(blocks_NT, task, tokenizer.mask_token_id)
+    with reporter.progress("evaluate", len(asked)) as advance:
+        return evaluate(score, beside, asked, task, advance)
+
+
+def _with_edges(blocks_NT: Ints, tokenizer: PreTrainedTokenizerBase) -> Ints:
+    """Each block between an encoder's first and last token."""
+    edges = np.array([tokenizer.cls_token_id, tokenizer.sep_token_id], np.int64)
+    first_N1, last_N1 = np.broadcast_to(edges, (len(blocks_NT), 2)).T[..., None]
+    return np.concatenate([first_N1, blocks_NT, last_N1], axis=1)
+
+
+def _same_tokenizer_file(first: Path, second: Path) -> bool:
+    files = [folder / "tokenizer.json" for folder in (first, second)]
+    return all(file.is_file() for file in files) and files[0].read_bytes() == files[1].read_bytes()

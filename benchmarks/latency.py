@@ -1,0 +1,123 @@
+"""`latency`: how fast an exported model answers on this machine, beside the source's own exports."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import Field
+
+from compress.artifact import Format, Metrics, write_json
+from compress.benchmarks.contest import Budget, Runtime, Workload
+from compress.errors import Problem
+from compress.models.anatomy import ModelShape
+from compress.stage import SOURCE, Ref, Reporter, Stage, StageContext
+
+Baseline = Literal["source", "source-int4"]
+_VIA: Mapping[Baseline, str] = {"source": "fp32", "source-int4": "int4"}
+FIGURES = ("ttft_ms", "tpot_ms", "latency_ms")
+Count = Annotated[int, Field(ge=1)]
+
+
+class Latency(Stage):
+    """Time to first token, time per token, peak memory and loading time of an ONNX artifact and of its baselines.
+
+    Each model has a process of its own with pinned threads; they take turns, one computing at a time, and ratios are
+    taken within a round. An encoder's figure is `latency_ms@N`: the whole forward pass.
+    """
+
+    name: ClassVar[str] = "latency"
+    summary: ClassVar[str] = "time to first token and per token, memory and loading time, beside the source's exports"
+    accepts: ClassVar[frozenset[Format]] = frozenset({"onnx"})
+    returns: ClassVar[Format] = "measurement"
+    measures_hardware: ClassVar[bool] = True
+
+    prompts: tuple[Count, ...] = Field((128, 1024), min_length=1, description="prompt lengths in tokens")
+    batch_sizes: tuple[Count, ...] = Field((1,), min_length=1, description="rows that are run at once")
+    new_tokens: int = Field(32, ge=1, description="tokens decoded after each prompt")
+    repeats: int = Field(10, ge=3, description="rounds after the warm-up, each measuring every model once")
+    max_seconds: float = Field(120, gt=0, description="begin no round that would end later, but run at least 3")
+    baselines: tuple[Baseline, ...] = Field(
+        ("source", "source-int4"), description="the source's exports that are measured beside it: fp32 and int4"
+    )
+
+    def inputs(self) -> Mapping[str, Ref]:
+        return {name: Ref(SOURCE, via=(("export-onnx", {"format": _VIA[name]}),)) for name in self.baselines}
+
+    def check(self, model: ModelShape) -> Iterator[Problem]:
+        new_tokens = self.new_tokens if model.family.kind == "decoder" else 0
+        longest = max(self.prompts) + new_tokens
+        if longest > model.max_position_embeddings:
+            what = (
+                f"{longest} tokens (prompt and new ones), but the model reads at most {model.max_position_embeddings}"
+            )
+            yield Problem("prompts", what, "shorten the longest prompt")
+
+    def produces(self) -> Sequence[str]:
+        return ["peak_rss_mb", "load_ms", *(load.figure(what) for load in self.workloads() for what in FIGURES)]
+
+    def twin(self) -> Self:
+        return self.model_copy(update={"prompts": (8,), "new_tokens": 2, "repeats": 3, "max_seconds": 1.0})
+
+    def workloads(self) -> list[Workload]:
+        """Every prompt length at every batch size."""
+        return [Workload(tokens, batch, self.new_tokens) for batch in self.batch_sizes for tokens in self.prompts]
+
+    def run(self, context: StageContext) -> Metrics:
+        from compress.benchmarks import report
+
+        folders = {"result": context.input.path} | {name: context.inputs[name].path for name in self.baselines}
+        found = race(
+            folders, self.workloads(), Budget(self.repeats, self.max_seconds),
+            threads=context.target.threads, reporter=context.reporter,
+        )  # fmt: skip
+        write_json(context.out / "latency.json", found)
+        (context.out / "latency.md").write_text(report.markdown(found), "utf-8")
+        report.plot(found, context.out / "latency.png")
+        return report.metrics(found)
+
+
+def race(
+    folders: Mapping[str, Path], workloads: Sequence[Workload], budget: Budget,
+    *, threads: int, runtime: Runtime = "ort", reporter: Reporter,
+) -> dict[str, Any]:  # fmt: skip
+    """Measure the models in `folders` against each other; what was seen, as `latency.json` holds it.
+
+    Ratios are of the first to each other one. Raises StageFailed where one can't be loaded or run.
+    """
+    import tempfile
+
+    from compress.benchmarks import report
+    from compress.benchmarks.contest import Contestant, hold
+    from compress.benchmarks.environment import environment, pick_cpus, warnings_of
+    from compress.benchmarks.genai import with_threads
+
+    cpus = pick_cpus(threads)
+    surroundings = environment(threads, cpus)
+    for warning in warnings_of(surroundings):
+        reporter.log.warning("latency: %s", warning)
+    with tempfile.TemporaryDirectory() as scratch, reporter.progress("latency", budget.rounds + 1) as advance:
+        places = dict(folders)
+        if runtime == "genai":
+            places = {
+                name: with_threads(folder, threads, Path(scratch, str(index)))
+                for index, (name, folder) in enumerate(folders.items())
+            }
+        measured = hold(
+            {name: Contestant(folder, runtime) for name, folder in places.items()}, workloads, budget,
+            threads=threads, cpus=cpus, vocab_size=smallest_vocabulary(folders.values()), advance=advance,
+        )  # fmt: skip
+    return report.assemble(measured, {**surroundings, "runtime": runtime}, folders)
+
+
+def smallest_vocabulary(folders: Iterable[Path]) -> int:
+    """A number of token ids that all of these models have."""
+    sizes = []
+    for folder in folders:
+        for name in ("config.json", "genai_config.json"):
+            if (folder / name).is_file():
+                config = json.loads((folder / name).read_text("utf-8"))
+                sizes.append(config.get("model", config)["vocab_size"])
+    return min(sizes, default=256)

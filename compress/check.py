@@ -1,0 +1,70 @@
+"""Everything that can be told of a pipeline file before anything is fetched or computed. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from compress.errors import InvalidInput, Problem
+from compress.graph import Graph, build_graph
+from compress.models.anatomy import ModelShape, shape_of
+from compress.models.sources import parse_source
+from compress.pipeline import Draft, in_order, read_draft
+from compress.require import measured_early, unproven
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What was found. Notes are worth a word and no faults: what is unchecked, what may not be meant."""
+
+    path: Path
+    problems: tuple[Problem, ...]
+    notes: tuple[Problem, ...] = ()
+    graph: Graph = Graph(())
+
+    def to_json(self) -> dict[str, Any]:
+        """The same for other programs."""
+        return {
+            "file": str(self.path),
+            "valid": not self.problems,
+            "problems": [asdict(problem) for problem in self.problems],
+            "notes": [asdict(note) for note in self.notes],
+            "stages": [
+                {"id": node.id, "stage": node.stage.name, "inputs": dict(node.inputs), "hidden": node.hidden}
+                for node in self.graph.nodes
+            ],
+        }
+
+
+def check_file(path: Path) -> Checked:
+    """Check a pipeline file: the file, its data and model as far as they are at hand, and how its stages fit."""
+    try:
+        draft = read_draft(path)
+    except InvalidInput as error:
+        return Checked(path, error.problems)
+    problems, notes = [*draft.problems, *_data_problems(draft)], []
+    shape: ModelShape | None = None
+    if draft.model is not None:
+        place = draft.document.place("model")
+        try:
+            config = parse_source(draft.model, place).config()
+            shape = None if config is None else shape_of(config, place)
+        except InvalidInput as error:
+            problems += error.problems
+        else:
+            if config is None:
+                notes.append(Problem(place, f"unchecked until fetched: whether the options fit {draft.model}"))
+    graph, unfit = build_graph(draft.entries, shape)
+    problems += unfit
+    if not draft.problems:  # of a broken file, only what lies before the first fault can be judged
+        problems += unproven(graph, draft.require)
+        notes += measured_early(graph, draft.require)
+    return Checked(path, in_order(problems), in_order(notes), graph)
+
+
+def _data_problems(draft: Draft) -> Iterator[Problem]:
+    for problem in draft.data.problems() if draft.data is not None else ():
+        option, _, rest = problem.where.partition("[")
+        yield Problem(draft.document.place("data", option) + f"[{rest}" * bool(rest), problem.what, problem.fix)

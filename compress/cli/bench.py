@@ -1,0 +1,75 @@
+"""`compress bench`: how fast one or several ONNX folders are on this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from compress.errors import InvalidInput
+
+
+def bench(
+    folders: Annotated[
+        list[Path], typer.Argument(metavar="FOLDER...", help="Folders with an ONNX model, whoever made them.")
+    ],
+    prompts: Annotated[str, typer.Option(metavar="N,N…", help="Prompt lengths in tokens.")] = "128,1024",
+    batch: Annotated[str, typer.Option(metavar="N,N…", help="Batch sizes.")] = "1",
+    threads: Annotated[int, typer.Option(min=1, help="Threads, pinned to as many CPUs.")] = 2,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens decoded after each prompt.")] = 32,
+    repeats: Annotated[int, typer.Option(min=3, help="Rounds after the warm-up.")] = 10,
+    max_seconds: Annotated[float, typer.Option(help="Begin no round that would end later, but run 3.")] = 120,
+    runtime: Annotated[Literal["ort", "genai"], typer.Option(help="Bare ONNX Runtime, or onnxruntime-genai.")] = "ort",
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Also draw a plot to FILE (.png or .svg).")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print all that was measured as JSON.")] = False,
+) -> None:
+    """Measure time to first token, time per token, peak memory and loading time of one or several ONNX folders.
+
+    Any folder with a decoder or an encoder will do: an export of this tool, onnxruntime-genai's builder's, optimum's.
+    Each has a process of its own with pinned threads; they take turns, one computing at a time, so that several named
+    at once can be compared. Ratios are of the first folder to each other one.
+
+        compress bench out/ours out/theirs --prompts 128,1024 --threads 2
+    """
+    from compress.cli.screen import print_json, print_line, print_table, reporting
+
+    for folder in folders:
+        if not any(folder.glob("*.onnx")):
+            raise InvalidInput(str(folder), "has no ONNX model", "name a folder with a .onnx file")
+    lengths, batch_sizes = _counts(prompts, "--prompts"), _counts(batch, "--batch")
+
+    from compress.benchmarks import report
+    from compress.benchmarks.contest import Budget, Workload
+    from compress.benchmarks.latency import race
+
+    with reporting() as reporter:
+        found = race(
+            _named(folders), [Workload(tokens, rows, new_tokens) for rows in batch_sizes for tokens in lengths],
+            Budget(repeats, max_seconds), threads=threads, runtime=runtime, reporter=reporter,
+        )  # fmt: skip
+    if plot is not None:
+        report.plot(found, plot)
+    if as_json:
+        print_json(found)
+        return
+    print_table(report.table(found))
+    print_line(report.footnote(found))
+
+
+def _counts(text: str, option: str) -> list[int]:
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        numbers = [0]
+    if min(numbers) < 1:
+        raise InvalidInput(option, f"{text!r} is no list of whole numbers above 0", f"write {option} 128,1024")
+    return numbers
+
+
+def _named(folders: list[Path]) -> dict[str, Path]:
+    """Folders by the shortest name that tells them apart."""
+    names = [folder.resolve().name for folder in folders]
+    return {
+        name if names.count(name) == 1 else str(folder): folder for name, folder in zip(names, folders, strict=True)
+    }

@@ -1,0 +1,63 @@
+"""`compress eval`: how well a model predicts a text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from compress.errors import InvalidInput
+
+
+def evaluate(
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="A torch, quantised or ONNX model with its tokenizer.")
+    ],
+    text: Annotated[
+        str, typer.Option("--text", help="What to read: a file, folder or glob, or any other spec of `data:`.")
+    ],
+    against: Annotated[
+        Path | None, typer.Option("--against", help="A second model to measure the distance from, on the same text.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=8, help="Tokens to read, spread evenly over the text.")] = 8192,
+    sequence_length: Annotated[int, typer.Option(min=4, help="Tokens in one block, read on its own.")] = 256,
+    threads: Annotated[int, typer.Option(min=1, help="Threads for an ONNX model.")] = 2,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the figures, and those of each block, as JSON.")
+    ] = False,
+) -> None:
+    """Measure the perplexity of the model in FOLDER on a text, with its standard error over blocks.
+
+    With --against it also tells how far the model is from the other one: KL divergence of their predictions, how often
+    they agree on the next token, and the ratio of their perplexities, paired block by block.
+
+        compress eval runs/quickstart/07-export-onnx-…  --text novel.txt --against models/smollm2
+    """
+    from compress.cli.screen import print_json, print_table, reporting
+    from compress.tables import Table
+
+    for place in filter(None, (folder, against)):
+        if not place.is_dir():
+            raise InvalidInput(str(place), "is no directory", "name a folder with a model")
+
+    from compress.benchmarks.judging import judge
+    from compress.benchmarks.text import OneText
+
+    with reporting() as reporter:
+        found = judge(
+            folder, against, OneText(text),
+            sequence_length=sequence_length, max_tokens=tokens, threads=threads, reporter=reporter,
+        )  # fmt: skip
+    figures = {str(folder): found.result()} | ({str(against): found.reference()} if against else {})
+    if as_json:
+        print_json({"figures": figures, "sequence_length": sequence_length, "blocks": found.to_json()})
+        return
+    names = [name for name in figures[str(folder)] if not name.endswith("_se")]
+    rows = [(name, *(_with_error(values, name) for values in figures.values())) for name in names]
+    title = f"{text}: {len(found.num_predictions_N)} blocks of {sequence_length} tokens, ± standard error"
+    print_table(Table(title, ("", *figures), tuple(rows)))
+
+
+def _with_error(values: dict[str, float], name: str) -> str:
+    return f"{values[name]:.4g} ± {values[f'{name}_se']:.2g}" if name in values else ""

@@ -1,0 +1,84 @@
+"""`compress plan`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from compress.cli.options import RUNS, JsonOption, PipelineArgument, RunsOption
+from compress.cli.screen import print_json, print_line, print_table, reporting
+
+if TYPE_CHECKING:
+    from compress.estimate import Estimate
+    from compress.plan import Step
+    from compress.tables import Table
+
+
+def plan(
+    pipeline: PipelineArgument,
+    runs: RunsOption = RUNS,
+    twin: Annotated[
+        bool, typer.Option("--twin/--no-twin", help="Run the whole pipeline on a small random model, in seconds.")
+    ] = True,
+    json: JsonOption = False,
+) -> None:
+    """Show what a run would do: its stages, what is cached, and rough estimates of size, memory and time.
+
+    Then the whole pipeline is run on a random twin of the model with a few layers, in a temporary folder, so that an
+    export that can't work fails now and not after hours of training. Nothing is written to the run directory.
+    """
+    from compress.estimate import estimate
+    from compress.pipeline import load_pipeline
+    from compress.prepare import prepare
+    from compress.twin import try_twin
+
+    loaded = load_pipeline(pipeline)
+    with reporting() as reporter:
+        prepared = prepare(loaded, runs / loaded.name, reporter)
+        estimates = estimate(prepared)
+        steps = prepared.plan.steps
+        if json:
+            print_json({"name": loaded.name, "stages": [_as_json(step, estimates[step.id]) for step in steps]})
+        else:
+            print_table(_table(loaded.name, steps, estimates))
+        if twin:
+            try_twin(prepared)
+            if not json:
+                print_line("dry run on a random twin: every stage works")
+
+
+def _as_json(step: Step, estimate: Estimate) -> dict[str, Any]:
+    return {
+        "id": step.id, "stage": step.stage.name, "key": step.key, "directory": str(step.directory),
+        "state": _state(step), "hidden": step.node.hidden, "inputs": dict(step.node.inputs),
+        "num_hidden_layers": estimate.shape.num_hidden_layers, "parameters": estimate.shape.num_parameters,
+        "estimated": {
+            "size_mb": estimate.size_mb, "ram_mb": estimate.ram_mb, "disk_mb": estimate.disk_mb,
+            "seconds": estimate.seconds,
+        },
+    }  # fmt: skip
+
+
+def _table(name: str, steps: tuple[Step, ...], estimates: dict[str, Estimate]) -> Table:
+    from compress.tables import Table
+
+    rows = []
+    for step in steps:
+        cost = estimates[step.id]
+        size = (str(cost.shape.num_hidden_layers), f"{cost.shape.num_parameters / 1e6:.1f}")
+        writes = f"{cost.size_mb:.0f}" if cost.size_mb else ""
+        spent = (f"{cost.ram_mb:.0f}", f"{cost.disk_mb:.0f}", _duration(cost.seconds))
+        rows.append((step.id, _state(step), *size, writes, *(("", "", "") if step.is_cached else spent)))
+    columns = ("stage", "state", "layers", "parameters (M)", "≈ weights (MB)", "≈ RAM (MB)", "≈ disk (MB)", "≈ time")
+    return Table(f"{name}: estimates are rough", columns, tuple(rows))
+
+
+def _state(step: Step) -> str:
+    return "cached" if step.is_cached else "todo"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,112 @@
+"""What the user sees: results on stdout, progress and problems on stderr, bars only on a terminal."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from compress.errors import CompressError, InvalidInput
+from compress.stage import Progress, Reporter
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from compress.tables import Table
+
+
+def print_json(value: object) -> None:
+    """A result for programs."""
+    print(json.dumps(value, indent=1, sort_keys=True))
+
+
+def print_table(table: Table) -> None:
+    """A result for people."""
+    from rich import box
+    from rich.table import Table as RichTable
+
+    shown = RichTable(title=table.title, title_justify="left", box=box.SIMPLE_HEAD)
+    for index, column in enumerate(table.columns):
+        shown.add_column(column, justify="right" if index else "left", no_wrap=index > 0)
+    for row in table.rows:
+        shown.add_row(*row)
+    _stdout().print(shown)
+
+
+def print_line(text: str, style: str | None = None) -> None:
+    """A line of a result."""
+    _stdout().print(text, style=style, highlight=False, markup=False, soft_wrap=True)
+
+
+def print_problem(error: CompressError) -> None:
+    """What went wrong, on stderr, a line for each problem."""
+    problems = error.problems if isinstance(error, InvalidInput) else (error.problem,)
+    for problem in problems:
+        print(f"error: {problem}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def reporting() -> Iterator[Reporter]:
+    """A reporter whose log goes to stderr, a line at a time, and that has bars where stderr is a terminal."""
+    from rich.console import Console
+
+    console = Console(stderr=True, highlight=False)
+    log = logging.getLogger("compress")
+    handler = _Lines(console)
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield Reporter(log, _Bars(console).bar if console.is_terminal else None)
+    finally:
+        log.removeHandler(handler)
+
+
+class _Lines(logging.Handler):
+    def __init__(self, console: Console) -> None:
+        super().__init__(logging.INFO)
+        self._console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._console.print(record.getMessage(), markup=False, soft_wrap=True)
+
+
+class _Bars:
+    """Progress bars with the time that is left; a bar within a bar is shown below it."""
+
+    def __init__(self, console: Console) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import Progress as RichProgress
+
+        self._depth = 0
+        self._progress = RichProgress(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+            TextColumn("left:"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
+            console=console, transient=True,
+        )  # fmt: skip
+
+    @contextlib.contextmanager
+    def bar(self, what: str, total: int) -> Iterator[Progress]:
+        if self._depth == 0:
+            self._progress.start()
+        self._depth += 1
+        task = self._progress.add_task(what, total=total, note="")
+
+        def advance(steps: int = 1, note: str = "") -> None:
+            self._progress.update(task, advance=steps, note=note)
+
+        try:
+            yield advance
+        finally:
+            self._progress.remove_task(task)
+            self._depth -= 1
+            if self._depth == 0:
+                self._progress.stop()
+
+
+def _stdout() -> Console:
+    from rich.console import Console
+
+    return Console() if sys.stdout.isatty() else Console(width=160)

@@ -1,0 +1,55 @@
+"""`compress show`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compress.cli.options import RUNS, JsonOption, RunArgument, RunsOption, find_run
+from compress.cli.screen import print_json, print_line, print_table
+
+if TYPE_CHECKING:
+    from compress.record import RunRecord
+
+
+def show(run: RunArgument, runs: RunsOption = RUNS, json: JsonOption = False) -> None:
+    """Show what a run measured: original and result side by side, the loss of each stage, the verdicts.
+
+    With --json: the whole of run.json, the figures by subject, and the folder to deploy.
+    """
+    from compress.record import load_record
+
+    run_dir = find_run(run, runs)
+    record = load_record(run_dir)
+    if json:
+        print_json(as_json(record, run_dir))
+    else:
+        print_run(record, run_dir)
+
+
+def as_json(record: RunRecord, run_dir: Path) -> dict[str, Any]:
+    """A run for programs: `run.json` with `figures` (by subject and name) and `deploy` (a path, or null)."""
+    from compress.figures import figures_of
+
+    deploy = None if record.deploy is None else str(run_dir / record.deploy.directory)
+    return {**record.model_dump(mode="json"), "figures": figures_of(record), "deploy": deploy}
+
+
+def print_run(record: RunRecord, run_dir: Path) -> None:
+    """A run for people."""
+    from compress.record import State
+    from compress.tables import result_table, stages_table
+
+    print_table(result_table(record))
+    print_table(stages_table(record))
+    for verdict in record.verdicts:
+        print_line(verdict.sentence, style=None if verdict.met else "bold red")
+    for stage in record.stages:
+        if stage.error:
+            print_line(f"{stage.id}: {stage.state}: {stage.error}", style="bold red")
+    finished = record.state in (State.DONE, State.MISSED)
+    if not finished:
+        print_line(f"this run is {record.state}; `compress run` goes on with it")
+    elif record.deploy is not None:
+        print_line(f"deploy: {run_dir / record.deploy.directory}")
+        print_line(f"report: {run_dir / 'report.html'}")

@@ -1,0 +1,119 @@
+"""`compress stages`: what can be done to a model, and with which options."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from compress.errors import InvalidInput
+
+if TYPE_CHECKING:
+    from compress.stage import Stage
+
+
+def stages(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="The stage to show.", show_default=False)] = None,
+    matrix: Annotated[bool, typer.Option("--matrix", help="Show what works for which model, as a table.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
+) -> None:
+    """List the stages, or show one: its options with defaults, what it takes and hands on, the figures it measures.
+
+    Formats say which stages can follow which. `torch` is a save_pretrained folder, `quantized` the same with codes and
+    scales in place of weights, `onnx` a folder that ONNX Runtime loads; a `measurement` leaves the model as it is.
+    """
+    from compress.registry import did_you_mean, stage_class, stage_names
+
+    if matrix:
+        from compress.matrix import as_markdown, cells
+
+        found = cells()
+        typer.echo(json.dumps([cell.to_json() for cell in found], indent=1) if as_json else as_markdown(found))
+    elif name is None:
+        described = [describe(stage_class(each)) for each in stage_names()]
+        typer.echo(json.dumps(described, indent=1) if as_json else "\n".join(_listing(described)))
+    elif name not in stage_names():
+        raise InvalidInput(name, "there is no such stage", did_you_mean(name, stage_names()))
+    else:
+        one = describe(stage_class(name))
+        typer.echo(json.dumps(one, indent=1) if as_json else "\n".join(_page(one)))
+
+
+def describe(cls: type[Stage]) -> dict[str, Any]:
+    """A stage as plain values: summary, formats, kinds of model, options and figures."""
+    from pydantic import ValidationError
+
+    schema = cls.model_json_schema()
+    required = schema.get("required", ())
+    try:
+        figures: Sequence[str] = cls().produces()
+    except ValidationError:  # some of its options have no default
+        figures = ()
+    return {
+        "name": cls.name,
+        "summary": cls.summary,
+        "about": " ".join((cls.__doc__ or "").split()),
+        "accepts": sorted(cls.accepts),
+        "returns": cls.returns,
+        "kinds": sorted(cls.kinds),
+        "options": [
+            {
+                "name": option,
+                "type": type_in_words(schema, part),
+                "required": option in required,
+                "default": part.get("default"),
+                "description": part.get("description", ""),
+            }
+            for option, part in schema.get("properties", {}).items()
+        ],
+        "figures": list(figures),
+    }
+
+
+def type_in_words(schema: Mapping[str, Any], part: Mapping[str, Any]) -> str:
+    """`whole number, at least 1`, `one of a, b`: a JSON schema's part for people."""
+    if "$ref" in part:
+        return type_in_words(schema, schema["$defs"][part["$ref"].removeprefix("#/$defs/")])
+    for union in ("anyOf", "oneOf"):
+        if union in part:
+            words = [type_in_words(schema, branch) for branch in part[union] if branch.get("type") != "null"]
+            return " or ".join(dict.fromkeys(words))
+    if "const" in part:
+        return str(part["const"])
+    if "enum" in part:
+        return " | ".join(map(str, part["enum"]))
+    if part.get("type") == "array":
+        return f"list of {type_in_words(schema, part.get('items', {}))}"
+    if part.get("type") == "object":
+        below = ", ".join(part.get("properties", {}))
+        return f"{{{below}}}" if below else "mapping"
+    word = {"integer": "whole number", "number": "number", "boolean": "true | false", "string": "text"}
+    bounds = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
+    limits = [f"{sign} {part[key]:g}" for key, sign in bounds.items() if key in part]
+    return " ".join([word.get(part.get("type", ""), "any"), *limits])
+
+
+def _listing(described: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    width = max(len(stage["name"]) for stage in described)
+    formats = [f"{' | '.join(stage['accepts'])} → {stage['returns']}" for stage in described]
+    for stage, text in zip(described, formats, strict=True):
+        yield f"{stage['name']:{width}}  {stage['summary']}"
+        yield f"{'':{width}}  {text}"
+    yield "\n`compress stages NAME` shows the options of one."
+
+
+def _page(stage: Mapping[str, Any]) -> Iterator[str]:
+    from compress.document import shown
+
+    yield f"{stage['name']}: {stage['summary']}\n"
+    yield f"{stage['about']}\n"
+    yield f"takes {' or '.join(stage['accepts'])}, hands on {stage['returns']}; for {' and '.join(stage['kinds'])} models"
+    yield "\noptions:" if stage["options"] else "\nno options"
+    for option in stage["options"]:
+        default = "required" if option["required"] else f"default {shown(option['default'])}"
+        yield f"  {option['name']}: {option['type']} ({default})"
+        yield f"      {option['description']}"
+    if stage["figures"]:
+        yield f"\nfigures for `require`: {', '.join(stage['figures'])}"

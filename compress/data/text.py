@@ -1,0 +1,122 @@
+"""The text of a pipeline: its documents, how they are split, and how they are packed into blocks of tokens."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from compress.cache import entry_path, recall, remember
+from compress.data.config import DataConfig, Split
+from compress.data.read import read_documents
+from compress.data.split import Overlap, hold_out, overlap_of
+from compress.errors import StageFailed
+from compress.packages import Downloader, download
+
+if TYPE_CHECKING:
+    import numpy as np
+    from transformers import PreTrainedTokenizerBase
+
+
+class TextData:
+    """What `config` names, fetched when it is first needed. All of it is deterministic."""
+
+    def __init__(self, config: DataConfig, download: Downloader = download) -> None:
+        self.config = config
+        self._download = download
+
+    def texts(self, split: Split) -> list[str]:
+        """The documents of `split`.
+
+        Raises StageFailed where there is no text, or where the eval text also stands in the train text.
+        """
+        if split == "eval":
+            self._check_overlap()
+        return list(self._documents[split])
+
+    def digest(self, split: Split) -> str:
+        """SHA-256 (hex) of what a stage that reads `split` depends on: its documents and the sequence length."""
+        if split == "eval":
+            self._check_overlap()
+        return hashlib.sha256(f"{self.config.sequence_length} {self._digests[split]}".encode()).hexdigest()
+
+    def blocks(
+        self, split: Split, tokenizer: PreTrainedTokenizerBase, sequence_length: int, max_tokens: int | None = None
+    ) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """Documents, each ended by the tokenizer's end (or separator) token, packed into blocks.
+
+        Returns int64 (num_blocks, sequence_length). A last, incomplete block is left out. Where `max_tokens` holds
+        fewer blocks than there are, they are spread evenly over the text. Raises StageFailed where the text is too
+        short for one block.
+        """
+        import numpy as np
+
+        ids = _token_ids(self.texts(split), tokenizer)
+        num_blocks = len(ids) // sequence_length
+        num_wanted = num_blocks if max_tokens is None else min(num_blocks, max_tokens // sequence_length)
+        if num_wanted == 0:
+            has = f"the {split} text has {len(ids)} tokens" if num_blocks == 0 else f"max_tokens is {max_tokens}"
+            raise StageFailed(
+                f"data.{split}", f"{has} and one block needs {sequence_length}", "add text, or shorten sequence_length"
+            )
+        packed = np.asarray(ids[: num_blocks * sequence_length], dtype=np.int64).reshape(num_blocks, sequence_length)
+        spread = np.arange(num_wanted) * num_blocks // num_wanted
+        return packed[spread]
+
+    @cached_property
+    def _documents(self) -> dict[str, list[str]]:
+        config = self.config
+        train = read_documents(config.train, "data.train", self._download)
+        if config.holds_out:
+            train, held_out = hold_out(train, config.eval_share)
+        else:
+            assert config.eval is not None
+            held_out = read_documents(config.eval, "data.eval", self._download)
+        if not train or not held_out:
+            what = f"{sum(map(len, train))} characters are too few to hold some out for evaluation"
+            raise StageFailed("data.train", what, "add text, or name other text as eval")
+        return {"train": train, "eval": held_out}
+
+    @cached_property
+    def _digests(self) -> dict[str, str]:
+        documents = self._documents.items()
+        return {split: hashlib.sha256(json.dumps(texts).encode()).hexdigest() for split, texts in documents}
+
+    @cached_property
+    def overlap(self) -> Overlap:
+        """How much of the eval text also stands in the train text."""
+        memo = entry_path("overlap", " ".join(self._digests.values())).with_suffix(".json")
+        known = recall(memo)
+        if known is not None:
+            return Overlap(**known)
+        found = overlap_of(self._documents["train"], self._documents["eval"])
+        remember(memo, vars(found))
+        return found
+
+    def _check_overlap(self) -> None:
+        if self.overlap.share > self.config.max_overlap:
+            what = f"{self.overlap.share:.1%} of it also stands in data.train, as: {self.overlap.example!r}"
+            fix = "name other text, leave `eval` out so that some is held out, or raise max_overlap"
+            raise StageFailed("data.eval", what, fix)
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
+    """Raises StageFailed where `tokenizer` gives tokens that a model of `vocab_size` embeddings doesn't have."""
+    special = {token for token in tokenizer.all_special_tokens if token != tokenizer.eos_token}
+    beyond = [
+        (id_, token) for token, id_ in tokenizer.get_vocab().items() if id_ >= vocab_size and token not in special
+    ]
+    if beyond:
+        highest, token = max(beyond)
+        what = f"gives token {highest} ({token!r}) to a model of {vocab_size} embeddings"
+        raise StageFailed("tokenizer", what, "use the tokenizer that the model was trained with")
+
+
+def _token_ids(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    ends = (tokenizer.eos_token_id, tokenizer.sep_token_id)
+    end = next((id_ for id_ in ends if isinstance(id_, int)), None)
+    encoded: list[list[int]] = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+    return [id_ for document in encoded for id_ in (document if end is None else [*document, end])]
+

@@ -1,0 +1,113 @@
+"""The machine that a run measures on, and the versions of what it runs: both are part of what a figure means."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from compress import __version__
+
+_PACKAGES = ("torch", "transformers", "onnxruntime", "onnx", "numpy")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """CPU model, its instruction-set flags, the CPUs this process may use, RAM in GB (1e9 bytes), operating system."""
+
+    cpu: str
+    flags: tuple[str, ...]
+    num_cpus: int
+    ram_gb: float
+    system: str
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What a measured time depends on: the ingredient of the keys of stages that measure hardware."""
+        return {"cpu": self.cpu, "flags": list(self.flags), "num_cpus": self.num_cpus}
+
+    def as_dict(self) -> dict[str, Any]:
+        """For `run.json`."""
+        return {**asdict(self), "flags": list(self.flags)}
+
+
+@cache
+def this_machine() -> Machine:
+    """The machine this process runs on."""
+    import psutil
+
+    info = _cpuinfo()
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return Machine(
+        cpu=info.get("model name") or platform.processor() or platform.machine(),
+        flags=tuple(sorted((info.get("flags") or info.get("Features") or "").split())),
+        num_cpus=cpus,
+        ram_gb=round(psutil.virtual_memory().total / 1e9, 1),
+        system=f"{platform.system()} {platform.machine()}",
+    )
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, this package and what does the computing, read without importing any of them."""
+    found = {"python": platform.python_version(), "compress": __version__}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def git_commit() -> str | None:
+    """The commit of the checkout that this package runs from, with `+` where files differ from it; None elsewhere."""
+    checkout = Path(__file__).resolve().parents[1]
+    if not (checkout / ".git").exists():
+        return None
+    git = ("git", "-C", str(checkout))
+    try:
+        head = subprocess.run((*git, "rev-parse", "HEAD"), capture_output=True, text=True, check=True, timeout=5)
+        changes = subprocess.run((*git, "status", "--porcelain", "-uno"), capture_output=True, text=True, timeout=5)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return head.stdout.strip() + ("+" if changes.stdout.strip() else "")
+
+
+class PeakMemory:
+    """Peak resident memory of this process since the object was made, in MB (1e6 bytes).
+
+    Linux lets the high-water mark be reset; elsewhere it is that of the whole process so far.
+    """
+
+    def __init__(self) -> None:
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+        except OSError:
+            return
+
+    def peak_mb(self) -> float:
+        """The peak until now."""
+        import resource
+
+        try:
+            for line in Path("/proc/self/status").read_text().splitlines():
+                if line.startswith("VmHWM:"):
+                    return int(line.split()[1]) * 1024 / 1e6
+        except OSError:
+            pass
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+
+
+def _cpuinfo() -> dict[str, str]:
+    """The first processor of /proc/cpuinfo; empty where there is none."""
+    try:
+        text = Path("/proc/cpuinfo").read_text("utf-8", "replace")
+    except OSError:
+        return {}
+    pairs = (line.split(":", 1) for line in text.split("\n\n", 1)[0].splitlines() if ":" in line)
+    return {name.strip(): value.strip() for name, value in pairs}

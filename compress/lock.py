@@ -1,0 +1,56 @@
+"""One run at a time in a run directory."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from compress.errors import InvalidInput
+
+LOCK = ".lock"
+
+
+@contextlib.contextmanager
+def locked(run_dir: Path) -> Iterator[None]:
+    """Hold `run_dir`, made where it is missing. The kernel lets go of it when the process ends, however it ends.
+
+    Raises InvalidInput where another process holds it, or where it can't be written.
+    """
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(run_dir / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        raise InvalidInput(
+            str(run_dir), f"can't write the run directory: {error.strerror}", "choose another with --runs"
+        ) from error
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(descriptor, 32, 0).decode() or "unknown"
+            raise InvalidInput(
+                str(run_dir), f"another run is in it (process {holder})", "wait for it, or stop it first"
+            ) from None
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def is_locked(run_dir: Path) -> bool:
+    """Whether a process holds `run_dir` now."""
+    try:
+        descriptor = os.open(run_dir / LOCK, os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False

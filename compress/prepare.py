@@ -1,0 +1,53 @@
+"""From a pipeline file to a plan: the source's shape, the graph, the keys. Nothing is computed and no torch imported.
+
+The source model is fetched only where its `config.json` is not at hand.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from compress.artifact import Artifact
+from compress.data.text import TextData
+from compress.graph import Graph, resolve
+from compress.models.anatomy import ModelShape, shape_of
+from compress.models.sources import Source, parse_source, source_artifact
+from compress.pipeline import Pipeline
+from compress.plan import Plan, make_plan
+from compress.stage import Reporter
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A pipeline that is ready to run in `plan.run_dir`. `shape` is the source model's."""
+
+    pipeline: Pipeline
+    source: Source
+    data: TextData
+    graph: Graph
+    shape: ModelShape
+    plan: Plan
+    reporter: Reporter
+
+    @cached_property
+    def source_artifact(self) -> Artifact:
+        """The source model, fetched when it is first asked for."""
+        return source_artifact(self.source.fetch(self.reporter), self.plan.source_key)
+
+
+def prepare(pipeline: Pipeline, run_dir: Path, reporter: Reporter) -> Prepared:
+    """Resolve and plan `pipeline`. Raises CompressError for a model, data or options that do not go together."""
+    source = parse_source(pipeline.model, "model")
+    config = source.config()
+    if config is None:
+        source.fetch(reporter)
+        config = source.config() or {}
+    shape = shape_of(config)
+    graph = resolve(pipeline, shape)
+    data = TextData(pipeline.data)
+    plan = make_plan(
+        graph, source_key=source.key(), data=data, seed=pipeline.seed, target=pipeline.target, run_dir=run_dir
+    )
+    return Prepared(pipeline, source, data, graph, shape, plan, reporter)

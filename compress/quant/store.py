@@ -1,0 +1,153 @@
+"""Artifacts of format `quantized`: a `save_pretrained` folder with codes, scales and zero points for some weights.
+
+`X.weight` becomes `X.weight.codes`, `X.weight.scales` and, where asymmetric, `X.weight.zero_points`, all as
+`QTensor.pack` lays them out and as (output, input) also where the model has it transposed (GPT-2). A head tied to a
+quantised embedding is not stored: the embedding's codes serve both. config.json keeps all that it had and gains
+
+    "quantization_config": {"quant_method": "compress", "scheme": NAME, "reduce_range": BOOL,
+                            "tensors": {"X.weight": {"scheme": OTHER, "in_features": K}}}
+
+where `tensors` names only what differs: another scheme, or a K that the padded codes do not tell.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compress.artifact import write_json
+from compress.errors import CompressError
+from compress.models.anatomy import family_of
+from compress.models.load import auto_class, carry
+from compress.quant.schemes import SCHEMES, Scheme
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from compress.quant.qtensor import QTensor
+
+KEY = "quantization_config"
+METHOD = "compress"
+WEIGHTS = "model.safetensors"
+
+
+def save_quantized(
+    model: PreTrainedModel, tensors: Mapping[str, QTensor], scheme: Scheme, origin: Path, out: Path
+) -> None:
+    """Write `model`, whose weights named in `tensors` are stored quantised, to `out`, with what travels of `origin`.
+
+    `scheme` is the one that most tensors have. `model` itself holds floats under the same names.
+    """
+    from safetensors.torch import save_file
+
+    stored: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in model.state_dict().items():
+        if tensor.data_ptr() in seen:  # tied
+            continue
+        seen.add(tensor.data_ptr())
+        if name in tensors:
+            stored |= {f"{name}.{part}": value for part, value in tensors[name].pack().items()}
+        else:
+            stored[name] = tensor.contiguous()
+    save_file(stored, out / WEIGHTS, metadata={"format": "pt"})
+    config = json.loads((origin / "config.json").read_text("utf-8"))
+    config[KEY] = {
+        "quant_method": METHOD, "scheme": scheme.name, "reduce_range": scheme.dynamic and scheme.bits < 8,
+        "tensors": {name: own for name, tensor in tensors.items() if (own := _exceptions(tensor, scheme))},
+    }  # fmt: skip
+    write_json(out / "config.json", config)
+    carry(origin, out)
+
+
+def read_quantized(folder: Path) -> tuple[dict[str, Any], dict[str, QTensor | Tensor]]:
+    """`config.json` as it is, and every tensor by its name: QTensors under the names of the weights they stand for.
+
+    Raises CompressError for a folder that is no quantised model or a damaged one.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    from compress.quant.qtensor import QTensor
+
+    try:
+        config = json.loads((folder / "config.json").read_text("utf-8"))
+        stored = load_file(folder / WEIGHTS)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CompressError(str(folder), f"is no readable model: {error}", "run its stage again") from error
+    declared = config.get(KEY) or {}
+    if declared.get("quant_method") != METHOD or declared.get("scheme") not in SCHEMES:
+        raise CompressError(str(folder / "config.json"), f"{KEY} names no scheme of compress", "quantize it first")
+    tensors: dict[str, QTensor | Tensor] = {}
+    for name in sorted(stored):
+        base, _, part = name.rpartition(".")
+        if part in ("scales", "zero_points") and f"{base}.codes" in stored:
+            continue
+        if part != "codes":
+            tensors[name] = stored[name]
+            continue
+        parts = {p: stored[f"{base}.{p}"] for p in ("codes", "scales", "zero_points") if f"{base}.{p}" in stored}
+        scheme, k = _declared(declared, base, parts["codes"])
+        try:
+            tensors[base] = QTensor.unpack(parts, scheme, k)
+        except (ValueError, KeyError) as error:
+            raise CompressError(str(folder / WEIGHTS), f"{base}: {error}", "run its stage again") from error
+    return config, tensors
+
+
+def load_quantized_model(folder: Path, *, accuracy_level: int = 0) -> PreTrainedModel:
+    """The stored model in eval mode, its quantised modules computing what the exported operators do.
+
+    accuracy_level: as `MatMulNBits` has it; 4 rounds activations to int8 by blocks. Raises CompressError for weights
+    that do not fit config.json.
+    """
+    import torch
+    import transformers
+
+    from compress.quant.modules import replace_modules
+    from compress.quant.qtensor import QTensor
+
+    config_dict, tensors = read_quantized(folder)
+    quantised = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, QTensor)}
+    plain = {key: value for key, value in config_dict.items() if key != KEY}
+    family = family_of(plain["model_type"], str(folder))
+    state = {name: _as_float(name, tensor, transposed=family.conv1d) for name, tensor in tensors.items()}
+    config = transformers.AutoConfig.for_model(**plain)
+    auto: Any = auto_class((plain.get("architectures") or ["AutoModel"])[0])
+    with torch.device("meta"):
+        architecture: Any = type(auto.from_config(config))
+    model, report = architecture.from_pretrained(None, config=config, state_dict=state, output_loading_info=True)
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if report.get(kind):
+            names = ", ".join(map(str, sorted(report[kind])[:3]))
+            raise CompressError(str(folder), f"the weights do not fit config.json: {kind} {names}", "is it complete?")
+    assert isinstance(model, transformers.PreTrainedModel)
+    replace_modules(model.eval(), quantised, accuracy_level)
+    return model
+
+
+def _exceptions(tensor: QTensor, scheme: Scheme) -> dict[str, Any]:
+    k, own = tensor.shape[1], tensor.scheme
+    padded = own.block_size and k % own.block_size
+    return {**({"scheme": own.name} if own.name != scheme.name else {}), **({"in_features": k} if padded else {})}
+
+
+def _declared(declared: Mapping[str, Any], name: str, codes: Tensor) -> tuple[Scheme, int]:
+    own = declared.get("tensors", {}).get(name, {})
+    scheme = SCHEMES[own.get("scheme", declared["scheme"])]
+    if scheme.dynamic:
+        return (scheme.reduced if declared.get("reduce_range") else scheme), codes.shape[1]
+    return scheme, own.get("in_features", codes.shape[1] * scheme.block_size)
+
+
+def _as_float(name: str, tensor: QTensor | Tensor, *, transposed: bool) -> Tensor:
+    from torch import Tensor
+
+    if isinstance(tensor, Tensor):
+        return tensor
+    weight = tensor.dequantize()
+    is_projection = any(part.isdigit() for part in name.split("."))
+    return weight.T.contiguous() if transposed and is_projection else weight

@@ -1,0 +1,157 @@
+"""What must hold of the result: `perplexity: "<= 1.05x source"`, `size_mb: "<= 90"`."""
+
+from __future__ import annotations
+
+import math
+import operator
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, cast
+
+from pydantic import ValidationError
+
+from compress.document import shown
+from compress.errors import InvalidInput, Problem
+from compress.registry import did_you_mean, stage_class, stage_names
+from compress.stage import INPUT, SOURCE
+
+if TYPE_CHECKING:
+    from compress.graph import Graph
+
+Operator = Literal["<=", ">=", "<", ">"]
+RESULT = "result"
+"""The subject of a figure that a stage measured on its own artifact (or, for a measurement, on its input)."""
+MODEL_FIGURES = ("parameters", "size_mb")
+"""What is measured of every artifact that holds a model, the source among them."""
+
+_HOLDS: Mapping[Operator, Callable[[float, float], bool]] = {
+    "<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt,
+}  # fmt: skip
+COMPARISON_PATTERN = r"(<=|>=|<|>)\s*([0-9]*\.?[0-9]+(?:[eE][-+]?[0-9]+)?)\s*(?:[x×]\s+(\S+))?"
+"""Operator, number, baseline."""
+_HOW = 'write "<= 90" or "<= 1.05x source"'
+
+
+@dataclass(frozen=True)
+class Requirement:
+    """One line of `require`. With a `baseline`, `number` is a factor of that subject's figure; without, the limit."""
+
+    metric: str
+    operator: Operator
+    number: float
+    baseline: str
+    place: str
+
+    def __str__(self) -> str:
+        return f"{self.operator} {self.number:g}" + (f"x {self.baseline}" if self.baseline else "")
+
+    def verdict(self, figures: Mapping[str, Mapping[str, float]]) -> Verdict:
+        """Compare the figures by subject (`result`, `source`, stage ids) with this; a missing one is a miss."""
+        measured = figures.get(RESULT, {}).get(self.metric)
+        limit: float | None = self.number
+        if self.baseline:
+            base = figures.get(self.baseline, {}).get(self.metric)
+            limit = None if base is None else self.number * base
+        met = measured is not None and limit is not None and _HOLDS[self.operator](measured, limit)
+        return Verdict(self, measured, limit, met)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a requirement is met: what was measured, the limit in the metric's own unit (None: not measured)."""
+
+    requirement: Requirement
+    measured: float | None
+    limit: float | None
+    met: bool
+
+    @property
+    def metric(self) -> str:
+        """The figure's name."""
+        return self.requirement.metric
+
+    @property
+    def over(self) -> float:
+        """How far beyond the limit, as a share of it: 0.1 is missed by 10 %, −0.1 met with 10 % to spare."""
+        if self.measured is None or not self.limit:
+            return math.nan
+        return (self.measured / self.limit - 1) * (1 if self.requirement.operator[0] == "<" else -1)
+
+    @property
+    def sentence(self) -> str:
+        """The whole in words: `perplexity 20.1, required <= 19.0 (1.05x source): missed by 5.8 %`."""
+        need = self.requirement
+        if self.measured is None or self.limit is None:
+            missing = "it" if self.measured is None else f"that of {need.baseline}"
+            return f"{self.metric}: required {need}, but {missing} was not measured"
+        origin = f" ({need.number:g}x {need.baseline})" if need.baseline else ""
+        share = "" if math.isnan(self.over) else f"{abs(self.over):.1%}"
+        verdict = f"met, {share} to spare" if self.met else f"missed by {share}"
+        return f"{self.metric} {self.measured:.4g}, required {need.operator} {self.limit:.4g}{origin}: {verdict}"
+
+
+def parse_requirement(metric: str, comparison: object, place: str) -> Requirement:
+    """One line of `require`. Raises InvalidInput for what is no comparison."""
+    if not isinstance(comparison, str):
+        fix = f'write "<= {comparison}"' if isinstance(comparison, int | float) and comparison == comparison else _HOW
+        raise InvalidInput(place, f"must be a comparison in quotes, got {shown(comparison)}", fix)
+    match = re.fullmatch(COMPARISON_PATTERN, comparison.strip())
+    if match is None:
+        raise InvalidInput(place, f"is no comparison: {shown(comparison)}", _HOW)
+    sign, number, baseline = match.groups()
+    if not math.isfinite(float(number)):
+        raise InvalidInput(place, f"compares with a number that is too large: {shown(comparison)}", _HOW)
+    return Requirement(metric, cast(Operator, sign), float(number), baseline or "", place)
+
+
+def unproven(graph: Graph, requirements: Sequence[Requirement]) -> list[Problem]:
+    """The requirements whose figure no stage of the graph measures, or not of their baseline."""
+    subjects = _subjects(graph)
+    problems = []
+    for need in requirements:
+        measured = subjects.get(need.metric, {})
+        if RESULT not in measured:
+            what = f"no stage here measures {shown(need.metric)}"
+            problems.append(Problem(need.place, what, _who_measures(need.metric, subjects)))
+        elif need.baseline and need.baseline not in measured:
+            what = f"no stage measures {need.metric} of {shown(need.baseline)}"
+            problems.append(Problem(need.place, what, did_you_mean(need.baseline, measured.keys() - {RESULT})))
+    return problems
+
+
+def measured_early(graph: Graph, requirements: Sequence[Requirement]) -> Iterator[Problem]:
+    """Requirements that hold of an artifact before the last: no fault, but worth a word."""
+    subjects = _subjects(graph)
+    for need in requirements:
+        last = subjects.get(need.metric, {}).get(RESULT)
+        if last is not None and last != graph.result:
+            what = f"{need.metric} is last measured of {last!r}, and the result is {graph.result!r}"
+            yield Problem(need.place, what, "measure after the last stage if it is the result that must hold")
+
+
+def _subjects(graph: Graph) -> dict[str, dict[str, str]]:
+    """By figure, of which subjects it is measured, and the id of the artifact that each subject last stood for."""
+    found: dict[str, dict[str, str]] = {name: {SOURCE: SOURCE} for name in MODEL_FIGURES}
+    for node in graph.nodes:
+        if node.hidden:
+            continue
+        measures = node.stage.returns == "measurement"
+        artifact = node.inputs[INPUT] if measures else node.id
+        subjects = dict.fromkeys((RESULT, artifact, node.id), artifact)
+        if measures:  # its other roles are what it measures beside its input
+            subjects |= {role: id_ for role, id_ in node.inputs.items() if role != INPUT}
+        for name in (*(() if measures else MODEL_FIGURES), *node.stage.produces()):
+            found.setdefault(name, {}).update(subjects)
+    return found
+
+
+def _who_measures(metric: str, subjects: Mapping[str, object]) -> str:
+    for name in stage_names():
+        try:
+            produced = stage_class(name)().produces()
+        except ValidationError:  # a stage that has no defaults for all of its options
+            continue
+        if metric in produced:
+            return f"add a {name!r} stage"
+    return did_you_mean(metric, subjects)

@@ -1,0 +1,120 @@
+"""`compress run`: prepare, check the disk, try the pipeline on a twin, execute, judge, report."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+from compress.errors import InvalidInput
+from compress.estimate import check_disk, estimate, todo_estimates
+from compress.execute import Setting, disk_explained, execute, undo
+from compress.figures import figures_of
+from compress.journal import Journal, blank_record
+from compress.lock import locked
+from compress.logs import logged, terminable
+from compress.pipeline import Pipeline
+from compress.plan import Plan
+from compress.prepare import Prepared, prepare
+from compress.record import RunRecord, State, VerdictRecord, load_record
+from compress.report import write_report
+from compress.require import Requirement
+from compress.stage import Reporter
+from compress.twin import try_twin
+from compress.weights import own_figures
+
+PIPELINE = "pipeline.yaml"
+
+
+def run_pipeline(
+    pipeline: Pipeline, *, runs: Path, reporter: Reporter, from_stage: str | None = None, twin: bool = True
+) -> RunRecord:
+    """Run `pipeline` in `runs/<name>` and return its record, whose state is `done` or `missed`.
+
+    from_stage: run this stage and those after it again. twin: try the pipeline on a small random model before a stage
+    trains. Raises InvalidInput where nothing can run, CompressError where a stage fails, KeyboardInterrupt on SIGINT
+    and SIGTERM; what is finished by then is kept, and the next call goes on from it.
+    """
+    run_dir = runs / pipeline.name
+    with locked(run_dir), disk_explained(run_dir), logged(run_dir), terminable():
+        started = time.perf_counter()
+        (run_dir / PIPELINE).write_text(pipeline.text, "utf-8")
+        prepared = prepare(pipeline, run_dir, reporter)
+        for step in prepared.plan.from_step(from_stage) if from_stage else ():
+            undo(step)
+        check_disk(run_dir, todo_estimates(estimate(prepared), prepared.plan.todo))
+        earlier = _earlier(run_dir)
+        journal = Journal(run_dir, first_record(prepared, earlier))
+        try:
+            if twin and _needs_twin(prepared.plan, earlier):
+                reporter.log.info("dry run on a random twin")
+                try_twin(prepared)
+                journal.amend(journal.record.model_copy(update={"twin": prepared.plan.digest}))
+            execute(prepared.plan, _setting(prepared), journal)
+            journal.amend(weighed(journal.record, prepared))
+            record = judged(journal.record, pipeline.require)
+        except BaseException as error:
+            state = State.INTERRUPTED if isinstance(error, KeyboardInterrupt) else State.FAILED
+            with contextlib.suppress(OSError):
+                journal.amend(closed(journal.record, state, started))
+            raise
+        journal.amend(closed(record, record.state, started))
+        write_report(run_dir, journal.record)
+        return journal.record
+
+
+def judged(record: RunRecord, require: Iterable[Requirement]) -> RunRecord:
+    """The record with the verdicts on `require`, and `done` or `missed`."""
+    figures = figures_of(record)
+    verdicts = tuple(
+        VerdictRecord(
+            metric=verdict.metric, measured=verdict.measured, limit=verdict.limit, met=verdict.met,
+            sentence=verdict.sentence,
+        )
+        for verdict in (requirement.verdict(figures) for requirement in require)
+    )  # fmt: skip
+    state = State.DONE if all(verdict.met for verdict in verdicts) else State.MISSED
+    return record.model_copy(update={"verdicts": verdicts, "state": state})
+
+
+def weighed(record: RunRecord, prepared: Prepared) -> RunRecord:
+    """The record with the source's parameters and size, which an earlier run may have noted already."""
+    if record.source.parameters is not None:
+        return record
+    figures = own_figures(prepared.source_artifact.path, "torch", None)
+    return record.model_copy(update={"source": record.source.model_copy(update=figures)})
+
+
+def closed(record: RunRecord, state: State, started: float) -> RunRecord:
+    """The record of a run that ends now."""
+    return record.model_copy(update={"state": state, "seconds": round(time.perf_counter() - started, 3)})
+
+
+def first_record(prepared: Prepared, earlier: RunRecord | None) -> RunRecord:
+    """What is known before anything runs."""
+    record = blank_record(prepared.pipeline, prepared.plan)
+    if earlier is not None and earlier.source.key == record.source.key:
+        record = record.model_copy(update={"source": earlier.source, "twin": earlier.twin})
+    return record
+
+
+def _setting(prepared: Prepared) -> Setting:
+    pipeline = prepared.pipeline
+    return Setting(
+        lambda: prepared.source_artifact, prepared.data, pipeline.seed, pipeline.target, prepared.reporter
+    )
+
+
+def _needs_twin(plan: Plan, earlier: RunRecord | None) -> bool:
+    """Whether a stage is still to be trained or calibrated, and this very plan has not passed its dry run before."""
+    trains = any("train" in step.stage.data and step.stage.returns != "measurement" for step in plan.todo)
+    return trains and (earlier is None or earlier.twin != plan.digest)
+
+
+def _earlier(run_dir: Path) -> RunRecord | None:
+    """The record of the last run in this directory; None where there is none that can be read."""
+    try:
+        return load_record(run_dir)
+    except InvalidInput:
+        return None

@@ -1,0 +1,256 @@
+"""One view of any folder with an ONNX model: ours, onnxruntime-genai's builder's or optimum's.
+
+Shapes: B rows, T new tokens, P tokens in the cache, H key/value heads, D head size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from compress.errors import CompressError
+
+SHARED_CACHE = "compress.past_present_share_buffer"
+"""Key of the ONNX model's metadata that says that past and present may be one buffer."""
+LOGITS_TO_KEEP = "logits_to_keep"
+"""Optional input: the logits of how many last positions to compute; 0 is all of them."""
+_PAST = re.compile(r"^past.*\.(\d+)\.(key|value)$")
+
+Ints = NDArray[np.int64]
+Floats = NDArray[np.floating[Any]]
+
+
+@dataclass(frozen=True)
+class CacheSlot:
+    """One layer's cached keys or values, `(B, H, P, D)`."""
+
+    past: str
+    present: str
+    num_heads: int
+    head_dim: int
+    dtype: np.dtype[Any]
+
+    def empty(self, batch_size: int, length: int = 0) -> Floats:
+        """Room for `length` tokens, zeros."""
+        return np.zeros((batch_size, self.num_heads, length, self.head_dim), self.dtype)
+
+
+class OnnxModel:
+    """A folder's ONNX model in an ONNX Runtime session with `threads` pinned intra-op threads.
+
+    file: the graph's file, where it is not the one that the folder itself names.
+    Raises CompressError for a folder without a model and for a model that ONNX Runtime refuses.
+    """
+
+    def __init__(
+        self, folder: Path, *, threads: int = 2, provider: str = "CPUExecutionProvider", file: str = ""
+    ) -> None:
+        self.folder = folder
+        genai = _genai_config(folder)
+        decoder = genai.get("model", {}).get("decoder", {})
+        self.session = _open(folder / (file or decoder.get("filename", "model.onnx")), threads, provider)
+        self.inputs: dict[str, Any] = {node.name: node for node in self.session.get_inputs()}
+        self.outputs: tuple[str, ...] = tuple(node.name for node in self.session.get_outputs())
+        self.keeps_last = LOGITS_TO_KEEP in {node.name for node in self.session.get_overridable_initializers()}
+        self.cache: tuple[CacheSlot, ...] = _cache_slots(self.inputs, self.outputs, decoder)
+        stated = self.session.get_modelmeta().custom_metadata_map.get(SHARED_CACHE) == "1"
+        self.shares_cache: bool = stated or bool(genai.get("search", {}).get("past_present_share_buffer"))
+
+    @property
+    def is_decoder(self) -> bool:
+        """Whether it keeps a cache of keys and values."""
+        return bool(self.cache)
+
+    def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """All outputs by name for raw inputs by name. Raises CompressError where ONNX Runtime refuses them."""
+        try:
+            return dict(zip(self.outputs, self.session.run(None, dict(feeds)), strict=True))
+        except _ort_errors() as error:
+            raise CompressError(str(self.folder), f"ONNX Runtime stopped: {_first_line(error)}") from error
+
+    def forward(
+        self, input_ids: Ints, attention_mask: Ints | None = None, past: Sequence[Floats] | None = None
+    ) -> tuple[Floats, list[Floats]]:
+        """A decoder's logits `(B, T, V)` and its cache after `input_ids` `(B, T)`.
+
+        attention_mask: `(B, P + T)`, ones where left out. past: what the call before returned.
+        """
+        batch_size, num_new = input_ids.shape
+        past = past if past is not None else [slot.empty(batch_size) for slot in self.cache]
+        if attention_mask is None:
+            attention_mask = np.ones((batch_size, past[0].shape[2] + num_new), np.int64)
+        feeds = self._token_feeds(input_ids, attention_mask)
+        feeds.update({slot.past: value for slot, value in zip(self.cache, past, strict=True)})
+        if self.keeps_last:
+            feeds[LOGITS_TO_KEEP] = np.array(0, np.int64)
+        outputs = self.run(feeds)
+        return outputs["logits"], [outputs[slot.present] for slot in self.cache]
+
+    def encode(
+        self, input_ids: Ints, attention_mask: Ints | None = None, token_type_ids: Ints | None = None
+    ) -> dict[str, NDArray[Any]]:
+        """An encoder's outputs by name for `input_ids` `(B, T)`; the mask is ones, the types zeros where left out."""
+        feeds = self._token_feeds(input_ids, np.ones_like(input_ids) if attention_mask is None else attention_mask)
+        if "token_type_ids" in self.inputs:
+            feeds["token_type_ids"] = np.zeros_like(input_ids) if token_type_ids is None else token_type_ids
+        return self.run(feeds)
+
+    def decoder(self, max_length: int, batch_size: int = 1) -> Decoder:
+        """A generation session with room for `max_length` tokens a row."""
+        return Decoder(self, max_length, batch_size)
+
+    def _token_feeds(self, input_ids: Ints, attention_mask: Ints) -> dict[str, NDArray[Any]]:
+        feeds: dict[str, NDArray[Any]] = {"input_ids": np.ascontiguousarray(input_ids, np.int64)}
+        if "attention_mask" in self.inputs:
+            feeds["attention_mask"] = np.ascontiguousarray(attention_mask, np.int64)
+        if "position_ids" in self.inputs:
+            positions = np.maximum(np.cumsum(attention_mask, axis=1) - 1, 0)
+            feeds["position_ids"] = np.ascontiguousarray(positions[:, -input_ids.shape[1] :], np.int64)
+        return feeds
+
+
+class Decoder:
+    """Token by token generation with bound inputs and outputs; every row is as long as the others.
+
+    Where the graph can write the new keys into the buffer that it reads the old ones from, one buffer for
+    `max_length` tokens serves the whole generation; elsewhere each step's cache is handed on without a copy.
+    """
+
+    def __init__(self, model: OnnxModel, max_length: int, batch_size: int = 1) -> None:
+        if not model.is_decoder:
+            raise CompressError(str(model.folder), "has no key/value cache, so it can't generate", "is it a decoder?")
+        self.model, self.max_length, self.batch_size = model, max_length, batch_size
+        self.length = 0
+        self._buffers = [slot.empty(batch_size, max_length) for slot in model.cache] if model.shares_cache else []
+        self._carried: list[Any] = []
+        self._mask = np.ones(batch_size * max_length, np.int64)
+
+    def reset(self, length: int = 0) -> None:
+        """Forget all but the first `length` tokens. Only a shared buffer can keep some."""
+        if length > self.length or (length and not self._buffers):
+            raise ValueError(f"can't go back to {length} tokens of {self.length}")
+        self.length, self._carried = length, []
+
+    def prefill(self, input_ids: Ints) -> Floats:
+        """Read `input_ids` `(B, T)` or `(T,)`; the logits `(B, V)` after its last token."""
+        return self._advance(np.atleast_2d(input_ids))
+
+    def step(self, token: int | Ints) -> Floats:
+        """Read one token a row, `(B,)` or one number; the logits `(B, V)` after it."""
+        return self._advance(np.asarray(token, np.int64).reshape(self.batch_size, 1))
+
+    def greedy(self, input_ids: Ints, num_new: int) -> Ints:
+        """The `num_new` most likely next tokens of each row, `(B, num_new)`, after `input_ids` `(B, T)`."""
+        tokens = [self.prefill(input_ids).argmax(-1)]
+        while len(tokens) < num_new:
+            tokens.append(self.step(tokens[-1]).argmax(-1))
+        return np.stack(tokens, axis=1)
+
+    def _advance(self, input_ids: Ints) -> Floats:
+        total = self.length + input_ids.shape[1]
+        if total > self.max_length:
+            raise ValueError(f"{total} tokens do not fit into the {self.max_length} of this session")
+        mask = self._mask[: self.batch_size * total].reshape(self.batch_size, total)
+        binding = self.model.session.io_binding()
+        feeds = self.model._token_feeds(input_ids, mask)
+        for name, array in feeds.items():
+            _bind(binding.bind_input, name, array)
+        binding.bind_output("logits", "cpu")
+        self._bind_cache(binding)
+        try:
+            self.model.session.run_with_iobinding(binding)
+        except _ort_errors() as error:
+            raise CompressError(str(self.model.folder), f"ONNX Runtime stopped: {_first_line(error)}") from error
+        logits, *present = binding.get_outputs()
+        self.length = total
+        self._carried = present
+        return _last_row(logits)
+
+    def _bind_cache(self, binding: Any) -> None:
+        for index, slot in enumerate(self.model.cache):
+            if self._buffers:
+                _bind(binding.bind_input, slot.past, self._buffers[index])
+                _bind(binding.bind_output, slot.present, self._buffers[index])
+                continue
+            if self._carried:
+                binding.bind_ortvalue_input(slot.past, self._carried[index])
+            else:
+                binding.bind_cpu_input(slot.past, slot.empty(self.batch_size))
+            binding.bind_output(slot.present, "cpu")
+
+
+def _open(file: Path, threads: int, provider: str) -> Any:
+    import onnxruntime
+
+    if not file.is_file():
+        raise CompressError(str(file.parent), f"has no {file.name}", "export the model, or name another folder")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.log_severity_level = 3
+    try:
+        return onnxruntime.InferenceSession(file, options, providers=[provider])
+    except _ort_errors() as error:
+        fix = "it is damaged, incomplete or for another version; export it again"
+        raise CompressError(str(file), f"ONNX Runtime can't open it: {_first_line(error)}", fix) from error
+
+
+def _ort_errors() -> tuple[type[Exception], ...]:
+    from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+    names = ("Fail", "InvalidArgument", "InvalidGraph", "InvalidProtobuf", "NoModel", "NoSuchFile", "NotImplemented",
+             "RuntimeException", "EPFail", "EngineError")  # fmt: skip
+    return tuple(getattr(state, name) for name in names)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0][:300]
+
+
+def _genai_config(folder: Path) -> dict[str, Any]:
+    file = folder / "genai_config.json"
+    if not file.is_file():
+        return {}
+    try:
+        loaded: dict[str, Any] = json.loads(file.read_text("utf-8"))
+    except ValueError as error:
+        raise CompressError(str(file), f"is not JSON ({error})", "export the model again") from error
+    return loaded
+
+
+def _cache_slots(inputs: Mapping[str, Any], outputs: Sequence[str], genai: Mapping[str, Any]) -> tuple[CacheSlot, ...]:
+    """The cache as the graph declares it; a builder that leaves a size open states it in its `genai_config.json`."""
+    slots = []
+    for name, node in inputs.items():
+        if match := _PAST.match(name):
+            present = next(out for out in outputs if re.fullmatch(rf"present.*\.{match[1]}\.{match[2]}", out))
+            dtype = np.dtype(np.float16 if node.type == "tensor(float16)" else np.float32)
+            heads, head_dim = (
+                size if isinstance(size, int) else int(genai[key])
+                for size, key in ((node.shape[1], "num_key_value_heads"), (node.shape[3], "head_size"))
+            )
+            slots.append(CacheSlot(name, present, heads, head_dim, dtype))
+    return tuple(slots)
+
+
+def _bind(bind: Any, name: str, array: NDArray[Any]) -> None:
+    bind(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+
+
+def _last_row(logits: Any) -> Floats:
+    """A copy of `(B, V)`, the last position of a runtime's `(B, T, V)` that may be large, without copying that."""
+    batch_size, num_new, vocab_size = logits.shape()
+    real = ctypes.c_uint16 if "float16" in logits.data_type() else ctypes.c_float
+    pointer = ctypes.cast(logits.data_ptr(), ctypes.POINTER(real))
+    view = np.ctypeslib.as_array(pointer, shape=(batch_size, num_new, vocab_size))
+    last: Floats = (view.view(np.float16) if real is ctypes.c_uint16 else view)[:, -1].copy()
+    return last

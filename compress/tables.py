@@ -1,0 +1,126 @@
+"""A run's results as tables of text: made once, shown by the command line and written into reports."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from compress.figures import Figures, figures_of, stage_lines
+from compress.record import RunRecord
+from compress.require import RESULT
+from compress.stage import SOURCE
+
+_LABELS = {
+    "parameters": ("parameters", "M"),
+    "size_mb": ("weights on disk", "MB"),
+    "perplexity": ("perplexity", ""),
+    "kl": ("KL to the source", "nats"),
+    "top1_agreement": ("top-1 agreement", ""),
+    "ttft_ms": ("first token, prompt of", "ms"),
+    "tpot_ms": ("each token, after", "ms"),
+    "peak_rss_mb": ("peak memory", "MB"),
+    "load_ms": ("load time", "ms"),
+}
+"""The figures that tables show, in this order: what they are called, and their unit."""
+_SCALE = {"parameters": 1e-6}
+_STAGE_FIGURES = ("parameters", "size_mb", "perplexity", "kl", "top1_agreement")
+_NAME = re.compile(r"(?P<base>\w+?)(?:@(?P<tokens>\d+)(?P<rest>,[\w=,]+)?)?")
+
+
+@dataclass(frozen=True)
+class Table:
+    """A title, a heading for each column, and rows of cells. The first column holds names, the others figures."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+def result_table(record: RunRecord) -> Table:
+    """The original and the result side by side, with what else was measured beside them."""
+    figures = figures_of(record)
+    stage_ids = {stage.id for stage in record.stages}
+    known = {subject for subject, values in figures.items() if any(_order(name) is not None for name in values)}
+    others = sorted(known - {SOURCE, RESULT} - stage_ids)
+    subjects = (SOURCE, *others, RESULT)
+    rows = [(*row, _ratio(figures, name)) for name, row in _rows(figures, subjects)]
+    return Table(f"{record.name}: {record.source.name}", ("", *subjects, "result / source"), tuple(rows))
+
+
+def stages_table(record: RunRecord) -> Table:
+    """What each stage made of the model: one line a stage."""
+    source = figures_of(record)[SOURCE]
+    lines: list[tuple[str, Mapping[str, float], str]] = [(SOURCE, source, "")]
+    for line in stage_lines(record):
+        seconds = "" if line.stage.seconds is None else f"{line.stage.seconds:.0f} s"
+        lines.append((line.stage.id, line.measured, seconds))
+    names = [name for name in _STAGE_FIGURES if any(name in values for _, values, _ in lines)]
+    rows = tuple((id_, *(_value(values, name) for name in names), seconds) for id_, values, seconds in lines)
+    return Table("after each stage", ("", *(_label(name) for name in names), "took"), rows)
+
+
+def comparison_table(first: RunRecord, second: RunRecord) -> Table:
+    """The results of two runs side by side, with their ratio."""
+    results = {"A": figures_of(first)[RESULT], "B": figures_of(second)[RESULT]}
+    rows = []
+    for name, row in _rows(results, ("A", "B")):
+        a, b = results["A"].get(name), results["B"].get(name)
+        rows.append((*row, f"{b / a:.3g}×" if a and b is not None else ""))
+    return Table(f"A = {first.name}, B = {second.name}", ("", "A", "B", "B / A"), tuple(rows))
+
+
+def as_markdown(table: Table) -> str:
+    """The table in Markdown, figures aligned to the right."""
+    lines = ["| " + " | ".join(table.columns) + " |", "|---" + "|--:" * (len(table.columns) - 1) + "|"]
+    lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in table.rows]
+    return "\n".join(lines)
+
+
+def _rows(figures: Figures, subjects: Sequence[str]) -> Iterable[tuple[str, tuple[str, ...]]]:
+    """(figure's name, (label, a cell for each subject)) of every known figure that a subject has, in order."""
+    names = {name for subject in subjects for name in figures.get(subject, {}) if _order(name) is not None}
+    for name in sorted(names, key=lambda name: _order(name) or ()):
+        yield name, (_label(name), *(_value(figures.get(subject, {}), name) for subject in subjects))
+
+
+def _order(name: str) -> tuple[int, int, str] | None:
+    match = _NAME.fullmatch(name)
+    if match is None or match["base"] not in _LABELS:
+        return None
+    return list(_LABELS).index(match["base"]), int(match["tokens"] or 0), match["rest"] or ""
+
+
+def _label(name: str) -> str:
+    match = _NAME.fullmatch(name)
+    assert match is not None
+    words, unit = _LABELS[match["base"]]
+    where = f" {match['tokens']}" if match["tokens"] else ""
+    rest = (match["rest"] or "").replace(",", ", ").replace("=", " ")
+    return f"{words}{where}{rest}" + (f" ({unit})" if unit else "")
+
+
+def _value(values: Mapping[str, float], name: str) -> str:
+    if name not in values:
+        return ""
+    scale = _SCALE.get(name, 1.0)
+    error = values.get(f"{name}_se")
+    if error is None:
+        return number(values[name] * scale)
+    decimals = max(0, 1 - _exponent(error * scale))
+    return f"{values[name] * scale:.{decimals}f} ± {error * scale:.{decimals}f}"
+
+
+def number(value: float) -> str:
+    """Three digits that count, four from a hundred on, never an exponent."""
+    return f"{value:.{max(0, 2 - _exponent(value))}f}"
+
+
+def _exponent(value: float) -> int:
+    """The power of ten of the first digit of `value`; 0 for 0 and for what is no number."""
+    return int(f"{value:e}".partition("e")[2]) if value and abs(value) < float("inf") else 0
+
+
+def _ratio(figures: Figures, name: str) -> str:
+    source, result = figures.get(SOURCE, {}).get(name), figures.get(RESULT, {}).get(name)
+    return f"{result / source:.3g}×" if source and result is not None and name not in ("kl", "top1_agreement") else ""

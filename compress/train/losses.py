@@ -1,0 +1,89 @@
+"""Distillation losses, one value per token, and a sum over many tokens that is lean on memory.
+
+N tokens, V vocabulary, B sequences, T positions, D hidden size; p is the teacher's distribution, q the student's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+IGNORED = -100
+"""The label of a position that does not count."""
+HiddenDistance = Literal["cosine", "mse"]
+PerToken = Callable[..., Tensor]
+
+_NUM_CHUNK_VALUES = 1 << 24  # 64 MB in float32: what one chunk of logits may hold
+
+
+def forward_kl(student_NV: Tensor, teacher_NV: Tensor, temperature: float = 1.0) -> Tensor:
+    """T²·KL(p^{1/T} ‖ q^{1/T}) in nats, (N,). Hinton et al., "Distilling the Knowledge in a Neural Network"."""
+    log_q_NV = F.log_softmax(student_NV.float() / temperature, dim=-1)
+    log_p_NV = F.log_softmax(teacher_NV.float() / temperature, dim=-1)
+    return temperature**2 * F.kl_div(log_q_NV, log_p_NV, reduction="none", log_target=True).sum(-1)
+
+
+def skew_kl(student_NV: Tensor, teacher_NV: Tensor, alpha: float = 0.1) -> Tensor:
+    """KL(p ‖ αp + (1−α)q) in nats, (N,), the mixture formed from float32 logarithms. Ko et al., "DistiLLM"."""
+    log_q_NV = F.log_softmax(student_NV.float(), dim=-1)
+    log_p_NV = F.log_softmax(teacher_NV.float(), dim=-1)
+    alpha_ = log_p_NV.new_tensor(alpha)
+    log_mixture_NV = torch.logaddexp(log_p_NV + alpha_.log(), log_q_NV + (-alpha_).log1p())
+    return F.kl_div(log_mixture_NV, log_p_NV, reduction="none", log_target=True).sum(-1)
+
+
+def cross_entropy(student_NV: Tensor, labels_N: Tensor) -> Tensor:
+    """−log q(label) in nats, (N,); 0 where the label is IGNORED."""
+    return F.cross_entropy(student_NV.float(), labels_N, reduction="none", ignore_index=IGNORED)
+
+
+def hidden_distance(student_BTD: Tensor, teacher_BTD: Tensor, distance: HiddenDistance) -> Tensor:
+    """(B, T): 1 − cosine (DistilBERT), or the squared error over the teacher's squared norm (Puzzle)."""
+    student_BTD, teacher_BTD = student_BTD.float(), teacher_BTD.float()
+    if distance == "cosine":
+        return 1 - F.cosine_similarity(student_BTD, teacher_BTD, dim=-1)
+    error_BT = (student_BTD - teacher_BTD).square().sum(-1)
+    return error_BT / teacher_BTD.square().sum(-1).clamp_min(1e-12)
+
+
+def chunked_sum(
+    per_token: PerToken, student_NV: Tensor, *others: Tensor, num_values: int = _NUM_CHUNK_VALUES
+) -> Tensor:
+    """`per_token(student_NV, *others).sum()` a few tokens at a time, differentiable in `student_NV` alone.
+
+    Each chunk's gradient is taken at once, so that beside the logits and one gradient of their size no float32
+    softmax of all N tokens is ever held. `others` have N rows; `num_values` is about how many logits one chunk has.
+    """
+    num_tokens = max(1, num_values // student_NV.shape[-1])
+    total: Tensor = cast(Any, _ChunkedSum).apply(student_NV, per_token, others, num_tokens)
+    return total
+
+
+class _ChunkedSum(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, student_NV: Tensor, per_token: PerToken, others: tuple[Tensor, ...], num_tokens: int
+    ) -> Tensor:
+        wanted: bool = ctx.needs_input_grad[0]
+        total = torch.zeros((), dtype=torch.float32, device=student_NV.device)
+        gradient_NV = torch.empty_like(student_NV) if wanted else None
+        for start in range(0, len(student_NV), num_tokens):
+            rows = slice(start, start + num_tokens)
+            with torch.set_grad_enabled(wanted):
+                chunk_NV = student_NV[rows].detach().requires_grad_(wanted)
+                loss = per_token(chunk_NV, *(other[rows] for other in others)).sum()
+            total += loss.detach()
+            if gradient_NV is not None:
+                (gradient_NV[rows],) = torch.autograd.grad(loss, chunk_NV)
+        if gradient_NV is not None:
+            ctx.save_for_backward(gradient_NV)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        (gradient_NV,) = ctx.saved_tensors
+        return gradient_NV * gradients[0], None, None, None

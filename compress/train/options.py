@@ -1,0 +1,86 @@
+"""What every stage that trains lets a user choose. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from compress.errors import Problem
+from compress.models.anatomy import ModelShape
+
+
+class LossWeights(BaseModel):
+    """The weight of each loss in the sum that is minimised, per predicted token."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kl: float = Field(1.0, ge=0, description="forward KL to the teacher, T²·KL(p^{1/T} ‖ q^{1/T})")
+    ce: float = Field(0.0, ge=0, description="cross-entropy with the text itself (decoders)")
+    hidden: float = Field(0.0, ge=0, description="distance of each layer's output to the teacher's")
+    skew_kl: float = Field(0.0, ge=0, description="DistiLLM's KL(p ‖ 0.1p + 0.9q)")
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether anything but the text is learnt from."""
+        return self.kl > 0 or self.hidden > 0 or self.skew_kl > 0
+
+
+class TrainingOptions(BaseModel):
+    """Keys of the recovery engine, in the words of `transformers.TrainingArguments` where it has one."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    loss: LossWeights = Field(LossWeights.model_validate({}), description="weights of the losses: kl, ce, hidden, skew_kl")
+    temperature: float = Field(1.0, gt=0, le=100, description="softens both distributions in `kl`")
+    hidden_distance: Literal["cosine", "mse"] = Field("cosine", description="1 − cosine, or ‖s−t‖²/‖t‖² per token")
+    tokens: int = Field(100_000, ge=1, description="budget: at most so many tokens are trained on (at least one step)")
+    sequence_length: int = Field(256, ge=2, description="tokens of one training sequence")
+    batch_size: int = Field(4, ge=1, description="sequences of one optimiser step, over all processes")
+    gradient_accumulation_steps: int = Field(1, ge=1, description="parts that a step is split into, to save memory")
+    learning_rate: float = Field(1e-4, gt=0, le=1, description="peak learning rate")
+    warmup_ratio: float = Field(0.1, ge=0, lt=1, description="share of the steps with a rising learning rate")
+    lr_scheduler_type: Literal["cosine", "linear", "constant_with_warmup"] = Field("cosine", description="after it")
+    weight_decay: float = Field(0.0, ge=0, le=1, description="of AdamW, on matrices")
+    max_grad_norm: float = Field(1.0, gt=0, description="the gradient is clipped to this norm")
+    optim: Literal["adamw", "adamw_8bit"] = Field("adamw", description="AdamW of torch, or of bitsandbytes in 8 bits")
+    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 where an accelerator has it")
+    gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, a third slower")
+    eval_tokens: int = Field(8192, ge=2, description="tokens of the eval split that choose the best checkpoint")
+    eval_steps: int | None = Field(
+        None, ge=1, description="evaluate and write a checkpoint every so many steps (default: a quarter of them)"
+    )
+    early_stopping_patience: int | None = Field(
+        None, ge=1, description="stop after so many evaluations without a better one"
+    )
+
+    @property
+    def num_steps(self) -> int:
+        """Optimiser steps that the budget allows, at least one."""
+        return max(1, self.tokens // (self.batch_size * self.sequence_length))
+
+    def problems(self, model: ModelShape) -> Iterator[Problem]:
+        """What does not fit together, or does not fit `model`; `where` is the option's name."""
+        if not any(self.loss.model_dump().values()):
+            yield Problem("loss", "every weight is 0, so there is nothing to learn", "set kl: 1.0")
+        if self.loss.ce and model.family.kind == "encoder":
+            what = f"{model.model_type} is an encoder, which predicts no next token"
+            yield Problem("loss.ce", what, "use kl or hidden")
+        if self.sequence_length > model.max_position_embeddings:
+            what = f"{self.sequence_length} is more than the model's {model.max_position_embeddings} positions"
+            yield Problem("sequence_length", what)
+        if self.batch_size % self.gradient_accumulation_steps:
+            yield Problem(
+                "gradient_accumulation_steps",
+                f"{self.gradient_accumulation_steps} does not divide batch_size {self.batch_size}",
+                "sequences of a step are split into equal parts",
+            )
+
+    def twin_options(self) -> dict[str, object]:
+        """Changes that make a training two steps long."""
+        length = min(self.sequence_length, 16)
+        return {
+            "sequence_length": length, "batch_size": self.gradient_accumulation_steps, "eval_steps": None,
+            "tokens": 2 * length * self.gradient_accumulation_steps, "eval_tokens": 2 * length,
+        }  # fmt: skip

@@ -1,0 +1,66 @@
+"""Teachers: loading them, also in 4 or 8 bits, and which of their layers a shorter student's layers answer to."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compress.errors import StageFailed
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def load_teacher(folder: Path, bits: int | None = None) -> PreTrainedModel:
+    """The model in `folder`: in float32, or its matrices in 4 (NF4) or 8 bits through bitsandbytes."""
+    import torch
+
+    from compress.models.load import load_model
+
+    if bits is None:
+        return load_model(folder)
+    import transformers
+
+    library: Any = transformers
+    architecture = json.loads((folder / "config.json").read_text("utf-8"))["architectures"][0]
+    quantization = library.BitsAndBytesConfig(
+        load_in_4bit=bits == 4, load_in_8bit=bits == 8, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+    )
+    model: PreTrainedModel = getattr(library, architecture).from_pretrained(
+        folder, dtype=torch.float32, quantization_config=quantization, local_files_only=True,
+        device_map={"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"},
+    )  # fmt: skip
+    model.train(False)
+    return model
+
+
+def check_same_vocabulary(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
+    """Raises StageFailed where a token of one is not the same of the other: logits can't be compared then."""
+    ours, theirs = student.get_vocab(), teacher.get_vocab()
+    if ours != theirs:
+        token = min(dict(ours.items() ^ theirs.items()), key=lambda token: (len(token), token))
+        what = f"its tokenizer is not the student's: {token!r} is {theirs.get(token)} there and {ours.get(token)} here"
+        raise StageFailed("teacher", what, "choose a teacher with the same tokenizer")
+
+
+def layer_map(num_student: int, num_teacher: int, dropped: Collection[int] = ()) -> Sequence[tuple[int, int]]:
+    """Which teacher's hidden state each student layer's output shall be like, as indices into `hidden_states`.
+
+    Where the student is the teacher without the layers `dropped`, a layer answers to what the next kept layer was
+    given in the teacher, so that the layer before a gap learns to bridge it. Otherwise layers answer in proportion.
+    """
+    kept = [layer for layer in range(num_teacher) if layer not in dropped]
+    if len(kept) == num_student:
+        return [(i + 1, j) for i, j in enumerate([*kept[1:], num_teacher])]
+    return [(i, round(i * num_teacher / num_student)) for i in range(1, num_student + 1)]
+
+
+def dropped_layers(folder: Path) -> tuple[int, ...]:
+    """The layers that `prune-layers` left out of the model in `folder`, where it says so."""
+    try:
+        scores: Any = json.loads((folder / "scores.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return ()
+    return tuple(scores.get("dropped", ())) if isinstance(scores, dict) else ()

@@ -1,0 +1,80 @@
+"""The dry run: the whole pipeline on a random twin of the model with a few layers, so that what can't work fails in
+seconds and not after hours of training."""
+
+from __future__ import annotations
+
+import json
+import logging
+import tempfile
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from compress.errors import CompressError, InvalidInput
+from compress.execute import Setting, execute
+from compress.graph import Graph
+from compress.journal import Journal, blank_record
+from compress.models.sources import source_artifact
+from compress.plan import make_plan
+from compress.prepare import Prepared
+from compress.stage import Reporter
+
+NUM_LAYERS = 4
+"""Of the twin: enough that pruning has something to leave out twice."""
+
+
+def try_twin(prepared: Prepared) -> None:
+    """Run every stage's `twin()` on a twin of the source, in a temporary folder.
+
+    The twin keeps the source's widths, vocabulary and tokenizer, and reads the pipeline's own text. Raises InvalidInput
+    naming the stage that failed; bugs keep their traceback.
+    """
+    with tempfile.TemporaryDirectory(prefix="compress-twin-") as temporary:
+        run_dir = Path(temporary) / "run"
+        run_dir.mkdir()
+        origin = prepared.source_artifact
+        twin = source_artifact(write_twin(origin.path, Path(temporary) / "twin"), "twin")
+        graph = Graph(tuple(replace(node, stage=node.stage.twin()) for node in prepared.graph.nodes))
+        pipeline, data = prepared.pipeline, prepared.data
+        plan = make_plan(
+            graph, source_key=twin.key, data=data, seed=pipeline.seed, target=pipeline.target, run_dir=run_dir
+        )
+        reporter = Reporter(logging.getLogger(__name__))
+        setting = Setting(lambda: twin, data, pipeline.seed, pipeline.target, reporter)
+        journal = Journal(run_dir, blank_record(pipeline, plan))
+        try:
+            execute(plan, setting, journal)
+        except CompressError as error:
+            failed = next((s.id for s in journal.record.stages if s.error), "")
+            raise InvalidInput(
+                failed, f"fails on a random twin of the model with {NUM_LAYERS} layers: {error.problem}",
+                "nothing was computed yet; --no-twin leaves the dry run out",
+            ) from error  # fmt: skip
+
+
+def write_twin(origin: Path, out: Path) -> Path:
+    """Write a model of the class and config of the one in `origin`, random and NUM_LAYERS deep, to `out`."""
+    import torch
+    import transformers
+
+    from compress.models.load import save_model
+
+    out.mkdir()
+    (out / "config.json").write_text(json.dumps(twin_config(json.loads((origin / "config.json").read_text("utf-8")))))
+    config = transformers.AutoConfig.from_pretrained(out, local_files_only=True)
+    model_class: Any = getattr(transformers, (config.architectures or ["AutoModel"])[0])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = model_class(config)
+    save_model(model, origin, out)
+    return out
+
+
+def twin_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """`config` with its layers, and every list that has one entry a layer, cut down to NUM_LAYERS."""
+    keys = ("num_hidden_layers", "n_layer", "num_layers")
+    deep = max(config[key] for key in keys if isinstance(config.get(key), int))
+    num_layers = min(deep, NUM_LAYERS)
+    cut = {key: value[:num_layers] for key, value in config.items() if isinstance(value, list) and len(value) == deep}
+    return {**config, **cut, **{key: num_layers for key in keys if key in config}}

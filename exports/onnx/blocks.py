@@ -1,0 +1,180 @@
+"""The parts of a transformer as ONNX nodes: matrices by the kind of their tensor, norms, activations, embeddings.
+
+A `Blocks` with `fused` uses ONNX Runtime's own operators, one without it standard ones only. Values are `(B, T, …)`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from compress.errors import StageFailed
+from compress.exports.onnx.graph import Graph
+from compress.exports.onnx.weights import Model, array, stack_rows, stackable
+from compress.quant.qtensor import QTensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+ACTIVATIONS = ("silu", "swish", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "relu", "tanh")
+ACCURACY_LEVEL = 4
+"""`MatMulNBits` with activations rounded to int8, row by row and block by block."""
+
+
+@dataclass(frozen=True)
+class Stream:
+    """The residual stream: `value`, to which `addend` (`""`: nothing) is still to be added by the next norm."""
+
+    value: str
+    addend: str = ""
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Emits the parts of `model` into `graph`."""
+
+    graph: Graph
+    model: Model
+    fused: bool
+
+    def linear(self, x: str, *paths: str, name: str = "", rows: NDArray[np.int64] | None = None) -> str:
+        """`x Wᵀ + b` of the module at each path, side by side along the last axis, its channels reordered by `rows`.
+
+        name: what the stacked weight is called.
+        """
+        name = name or paths[0]
+        weight = stack_rows([self.model.matrix(path) for path in paths], rows)
+        biases = [self.model.bias(path) for path in paths]
+        bias = None
+        if any(one is not None for one in biases):
+            widths = [self.model.matrix(path).shape[0] for path in paths]
+            filled = [np.zeros(n, np.float32) if b is None else b for b, n in zip(biases, widths, strict=True)]
+            bias = np.concatenate(filled)
+            bias = bias if rows is None else bias[rows]
+        stored_bias = "" if bias is None else self.graph.weight(f"{name}.bias", bias)
+        if not isinstance(weight, QTensor):
+            return self._float(x, name, weight, stored_bias)
+        self.store(name, weight)
+        return self._quantised(x, name, weight, stored_bias)
+
+    def can_stack(self, *paths: str) -> bool:
+        """Whether one operator can hold the modules at `paths`."""
+        return stackable([self.model.matrix(path) for path in paths])
+
+    def tied(self, x: str, table: str) -> str:
+        """`x Wᵀ` with the embedding table at `table`, which is stored already."""
+        weight = self.model.matrix(table)
+        if isinstance(weight, QTensor):
+            return self._quantised(x, table, weight, "")
+        if self.fused:
+            return self.graph.fused("FusedMatMul", x, f"{table}.weight", transA=0, transB=1, alpha=1.0)
+        return self.graph.op("MatMul", x, self.graph.op("Transpose", f"{table}.weight", perm=(1, 0)))
+
+    def embed(self, ids: str, path: str) -> str:
+        """Rows of the embedding at `path` by `ids`."""
+        weight = self.model.matrix(path)
+        if not isinstance(weight, QTensor):
+            return self.graph.op("Gather", self.graph.weight(f"{path}.weight", array(weight)), ids, axis=0)
+        self.store(path, weight)
+        bits, block_size = weight.scheme.bits, weight.scheme.block_size
+        num_rows = weight.shape[0]
+        flat = self.graph.op("Reshape", f"{path}.weight.codes", self.graph.ints(num_rows, -1))
+        zeros = f"{path}.weight.zero_points" if weight.zero_point is not None else ""
+        options = {"bits": bits, "block_size": block_size, "gather_axis": 0, "quantize_axis": 1}
+        return self.graph.fused("GatherBlockQuantized", flat, ids, f"{path}.weight.scales", zeros, **options)
+
+    def norm(self, x: str, path: str) -> str:
+        """The model's norm at `path` of `x`."""
+        weight, bias = self._norm_weights(path)
+        if self.model.shape.family.norm == "layer":
+            return self.graph.op("LayerNormalization", x, weight, bias, axis=-1, epsilon=self.epsilon)
+        if self.fused:
+            return self.graph.op("SimplifiedLayerNormalization", x, weight, axis=-1, epsilon=self.epsilon, stash_type=1)
+        graph = self.graph
+        square = graph.op("Mul", x, x)
+        mean = graph.op("ReduceMean", square, graph.ints(-1), keepdims=1)
+        root = graph.op("Sqrt", graph.op("Add", mean, graph.scalar(self.epsilon)))
+        return graph.op("Mul", graph.op("Div", x, root), weight)
+
+    def skip_norm(self, stream: Stream, path: str) -> tuple[str, Stream]:
+        """The norm at `path` of the stream, and the stream with its addend added."""
+        if not stream.addend:
+            return self.norm(stream.value, path), stream
+        if not self.fused:
+            total = self.graph.op("Add", stream.value, stream.addend)
+            return self.norm(total, path), Stream(total)
+        kind = "SkipLayerNormalization" if self.model.shape.family.norm == "layer" else "SkipSimplifiedLayerNormalization"
+        inputs = [stream.value, stream.addend, *filter(None, self._norm_weights(path))]
+        normed, _, _, total = self.graph.ops(
+            kind, inputs, (True, False, False, True), domain="com.microsoft", attributes={"epsilon": self.epsilon}
+        )
+        return normed, Stream(total)
+
+    @property
+    def epsilon(self) -> float:
+        """What the norms add to the variance."""
+        return float(self.model.key("rms_norm_eps" if self.model.shape.family.norm == "rms" else "norm_eps", 1e-5))
+
+    def activation(self, x: str) -> str:
+        """The model's activation function of `x`; ONNX Runtime fuses its nodes when it loads them."""
+        kind = self.model.key("hidden_act")
+        graph = self.graph
+        if kind in ("silu", "swish"):
+            return graph.op("Mul", x, graph.op("Sigmoid", x))
+        if kind == "gelu":
+            return graph.op("Gelu", x, approximate="none")
+        if kind in ("gelu_new", "gelu_fast", "gelu_pytorch_tanh"):
+            return graph.op("Gelu", x, approximate="tanh")
+        return graph.op({"relu": "Relu", "tanh": "Tanh"}[kind], x)
+
+    def store(self, name: str, tensor: QTensor) -> None:
+        """Store the codes, scales and zero points of the weight of `name` as its operators want them."""
+        if self.graph.has_weight(f"{name}.weight.codes"):
+            return
+        for part, value in tensor.pack().items():
+            stored = value.numpy()
+            if tensor.scheme.dynamic:  # MatMulInteger's B is (K, N), and a scale for each of N
+                stored = stored.T if part == "codes" else stored[:, 0]
+            self.graph.weight(f"{name}.weight.{part}", stored)
+
+    def _float(self, x: str, name: str, weight: Tensor, bias: str) -> str:
+        product = self.graph.op("MatMul", x, self.graph.weight(f"{name}.weight", array(weight).T))
+        return self.graph.op("Add", product, bias) if bias else product
+
+    def _quantised(self, x: str, name: str, weight: QTensor, bias: str) -> str:
+        codes, scales = f"{name}.weight.codes", f"{name}.weight.scales"
+        if weight.scheme.dynamic:
+            return self._dynamic(x, codes, scales, bias)
+        if not self.fused:
+            raise StageFailed("export-onnx.fused", "block-wise weights have no standard operator", "set fused: true")
+        n, k = weight.shape
+        zeros = f"{name}.weight.zero_points" if weight.zero_point is not None else ""
+        options = {"K": k, "N": n, "bits": weight.scheme.bits, "block_size": weight.scheme.block_size}
+        inputs = [x, codes, scales, zeros, "", bias]
+        while not inputs[-1]:
+            inputs.pop()
+        return self.graph.fused("MatMulNBits", *inputs, **options, accuracy_level=ACCURACY_LEVEL)
+
+    def _dynamic(self, x: str, codes: str, scales: str, bias: str) -> str:
+        graph = self.graph
+        if self.fused:
+            inputs = [x, codes, scales, "", bias] if bias else [x, codes, scales]
+            return graph.fused("DynamicQuantizeMatMul", *inputs)
+        x_codes, x_scale, x_zero = graph.ops("DynamicQuantizeLinear", [x], 3)
+        whole = graph.op("Cast", graph.op("MatMulInteger", x_codes, codes, x_zero), to=1)
+        product = graph.op("Mul", whole, graph.op("Mul", x_scale, scales))
+        return graph.op("Add", product, bias) if bias else product
+
+    def _norm_weights(self, path: str) -> tuple[str, str]:
+        names = []
+        for leaf in ("weight", "bias"):
+            name = f"{path}.{leaf}"
+            if name not in self.model.tensors:
+                names.append("")
+                continue
+            names.append(name if self.graph.has_weight(name) else self.graph.weight(name, self.model.vector(name)))
+        weight, bias = names
+        return weight, bias

@@ -1,0 +1,94 @@
+"""From an artifact to what the exporter needs: its tensors, its config, its rotary tables, and torch's own view."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from compress.artifact import Artifact
+from compress.errors import StageFailed
+from compress.exports.onnx.weights import Model
+from compress.models.load import auto_class, load_model
+from compress.models.parts import Parts
+from compress.quant.qtensor import QTensor
+from compress.quant.store import KEY, read_quantized
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+"""Rotary embeddings whose angles depend on the position alone, not on the length of the text."""
+
+
+def load(artifact: Artifact) -> tuple[PreTrainedModel, Model]:
+    """The artifact as a float32 torch model, quantised weights dequantised, and as the exporter sees it.
+
+    Raises CompressError for a damaged artifact and for rotary embeddings that can't be tabulated.
+    """
+    if artifact.format == "quantized":
+        config, tensors = read_quantized(artifact.path)
+        model = _dequantised(config, tensors, artifact.path)
+    else:
+        model = load_model(artifact.path)
+        tensors = dict(model.state_dict())
+    parts = Parts(model)
+    _leave_out_tied_head(tensors, parts)
+    plain_config = json.loads(json.dumps(model.config.to_dict(), default=str))
+    return model, Model(parts.shape, plain_config, tensors, parts.prefix, _rotary_tables(parts))
+
+
+def _dequantised(config: Mapping[str, Any], tensors: Mapping[str, QTensor | Tensor], folder: Path) -> PreTrainedModel:
+    """A float32 model that holds one dequantised weight after the other, so that memory holds the weights once."""
+    import transformers
+
+    plain = {key: value for key, value in config.items() if key != KEY}
+    auto: Any = auto_class((plain.get("architectures") or ["AutoModel"])[0])
+    model = cast("PreTrainedModel", auto.from_config(transformers.AutoConfig.for_model(**plain), dtype=torch.float32))
+    own = dict(model.state_dict(keep_vars=True))
+    tied = {name for name in set(own) - set(tensors) if any(own[name] is own[other] for other in tensors if other in own)}
+    misfits = sorted((set(own) - tied) ^ set(tensors))
+    if misfits:
+        what = f"the weights do not fit config.json: {', '.join(misfits[:3])}"
+        raise StageFailed(str(folder), what, "run its stage again")
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            weight = tensor.dequantize() if isinstance(tensor, QTensor) else tensor
+            own[name].copy_(weight.T if _is_transposed(model, name, tensor) else weight)
+    return model.eval()
+
+
+def _is_transposed(model: PreTrainedModel, name: str, tensor: QTensor | Tensor) -> bool:
+    """Whether torch holds as (in, out) what is stored as (out, in)."""
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(tensor, QTensor) and isinstance(model.get_submodule(name.rpartition(".")[0]), Conv1D)
+
+
+def _leave_out_tied_head(tensors: dict[str, QTensor | Tensor], parts: Parts) -> None:
+    table: Any = parts.backbone_module(parts.family.token_embedding)
+    if parts.lm_head is not None and cast(Any, parts.lm_head).weight is table.weight:
+        tensors.pop(f"{parts.family.lm_head}.weight", None)
+
+
+def _rotary_tables(parts: Parts) -> tuple[NDArray[np.float32], NDArray[np.float32]] | None:
+    """cos and sin `(max_position_embeddings, rotary_dim / 2)` by the model's own rotary module."""
+    if parts.family.position != "rotary":
+        return None
+    rope = getattr(parts.model.config, "rope_parameters", None) or {}
+    kind = rope.get("rope_type", "default")
+    if kind not in ROPE_TYPES:
+        what = f"rotary embeddings of type {kind!r} depend on the text's length, which a table can't"
+        raise StageFailed("export-onnx", what, f"supported: {', '.join(ROPE_TYPES)}")
+    rotary: Any = parts.backbone.get_submodule("rotary_emb")
+    positions = torch.arange(parts.shape.max_position_embeddings)[None]
+    with torch.inference_mode():
+        cos, sin = rotary(torch.zeros(1, dtype=torch.float32), positions)
+    half = cos.shape[-1] // 2
+    return cos[0, :, :half].contiguous().numpy(), sin[0, :, :half].contiguous().numpy()

@@ -1,0 +1,145 @@
+"""A small builder of ONNX graphs whose weights go to the external data file the moment they are known."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import TensorProto, helper
+
+MODEL_FILE = "model.onnx"
+DATA_FILE = "model.onnx.data"
+OPSET = 21
+MICROSOFT = "com.microsoft"
+_ALIGNMENT = 64  # bytes: a cache line, so that a mapped weight needs no copy
+_IR_VERSION = 10  # what opset 21 came with
+
+Attribute = int | float | str | Sequence[int]
+Dimension = int | str
+
+
+class Graph:
+    """Collects nodes and inputs; `weight` streams to `model.onnx.data`, so no weight stays in memory.
+
+    Values are known by their names. Use as a context manager; `save` writes `model.onnx`.
+    """
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self._folder, self._name = folder, name
+        self._data = (folder / DATA_FILE).open("wb")
+        self._nodes: list[onnx.NodeProto] = []
+        self._inputs: list[onnx.ValueInfoProto] = []
+        self._outputs: list[onnx.ValueInfoProto] = []
+        self._initializers: dict[str, TensorProto] = {}
+        self._scope: list[str] = []
+        self._taken: dict[str, Iterator[int]] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._data.close()
+
+    @contextlib.contextmanager
+    def scope(self, name: str) -> Iterator[None]:
+        """Nodes made inside are named `/…/name/Op`."""
+        self._scope.append(name)
+        yield
+        self._scope.pop()
+
+    def input(self, name: str, dtype: type[np.generic], shape: Sequence[Dimension]) -> str:
+        """Declare a graph input."""
+        self._inputs.append(_value(name, dtype, shape))
+        return name
+
+    def default_input(self, name: str, default: NDArray[Any]) -> str:
+        """Declare a graph input that may be left out."""
+        self._initializers[name] = onnx.numpy_helper.from_array(default, name)
+        return self.input(name, default.dtype.type, default.shape)
+
+    def output(self, value: str, name: str, dtype: type[np.generic], shape: Sequence[Dimension]) -> None:
+        """Declare `value` a graph output called `name`."""
+        if value != name:
+            self._rename(value, name)
+        self._outputs.append(_value(name, dtype, shape))
+
+    def has_weight(self, name: str) -> bool:
+        """Whether a weight of that name is stored already."""
+        return name in self._initializers
+
+    def weight(self, name: str, array: NDArray[Any]) -> str:
+        """Store `array` in the data file under `name`."""
+        if name in self._initializers:
+            raise ValueError(f"weight {name} is stored already")
+        self._data.write(b"\0" * (-self._data.tell() % _ALIGNMENT))
+        tensor = TensorProto(name=name, dims=array.shape, data_type=helper.np_dtype_to_tensor_dtype(array.dtype))
+        tensor.data_location = TensorProto.EXTERNAL
+        for key, value in (("location", DATA_FILE), ("offset", self._data.tell()), ("length", array.nbytes)):
+            tensor.external_data.add(key=key, value=str(value))
+        np.ascontiguousarray(array).tofile(self._data)
+        self._data.flush()
+        self._initializers[name] = tensor
+        return name
+
+    def ints(self, *values: int) -> str:
+        """A constant int64 vector, kept once."""
+        name = f"ints.{'_'.join(map(str, values))}"
+        if name not in self._initializers:
+            self._initializers[name] = helper.make_tensor(name, TensorProto.INT64, [len(values)], values)
+        return name
+
+    def scalar(self, value: float, dtype: type[np.generic] = np.float32) -> str:
+        """A constant of no dimensions, kept once."""
+        name = f"{np.dtype(dtype).name}.{value}"
+        if name not in self._initializers:
+            self._initializers[name] = onnx.numpy_helper.from_array(np.array(value, dtype), name)
+        return name
+
+    def op(self, kind: str, *inputs: str, domain: str = "", **attributes: Attribute) -> str:
+        """Add a node with one output; an input `""` is left out."""
+        return self.ops(kind, inputs, 1, domain=domain, attributes=attributes)[0]
+
+    def fused(self, kind: str, *inputs: str, **attributes: Attribute) -> str:
+        """Add one of ONNX Runtime's own operators with one output."""
+        return self.ops(kind, inputs, 1, domain=MICROSOFT, attributes=attributes)[0]
+
+    def ops(self, kind: str, inputs: Sequence[str], outputs: int | Sequence[bool], *, domain: str = "",
+            attributes: Mapping[str, Attribute] | None = None) -> tuple[str, ...]:  # fmt: skip
+        """Add a node with several outputs: how many, or for each whether it is wanted (`""` where not)."""
+        wanted = [True] * outputs if isinstance(outputs, int) else outputs
+        name = self._unique("/".join(["", *self._scope, kind]))
+        values = tuple(f"{name}.{index}" if want else "" for index, want in enumerate(wanted))
+        node = helper.make_node(kind, inputs, values, name, domain=domain, **dict(attributes or {}))
+        self._nodes.append(node)
+        return values
+
+    def save(self, metadata: Mapping[str, str]) -> None:
+        """Write `model.onnx`."""
+        graph = helper.make_graph(self._nodes, self._name, self._inputs, self._outputs, self._initializers.values())
+        domains = {node.domain for node in self._nodes} - {""}
+        opsets = [helper.make_opsetid("", OPSET), *(helper.make_opsetid(domain, 1) for domain in sorted(domains))]
+        model = helper.make_model(graph, opset_imports=opsets, ir_version=_IR_VERSION, producer_name="compress")
+        helper.set_model_props(model, dict(metadata))
+        onnx.save(model, self._folder / MODEL_FILE)
+
+    def _unique(self, name: str) -> str:
+        count = next(self._taken.setdefault(name, itertools.count()))
+        return f"{name}_{count}" if count else name
+
+    def _rename(self, value: str, name: str) -> None:
+        for node in self._nodes:
+            for names in (node.input, node.output):
+                for index, old in enumerate(names):
+                    if old == value:
+                        names[index] = name
+
+
+def _value(name: str, dtype: type[np.generic], shape: Sequence[Dimension]) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(np.dtype(dtype)), shape)

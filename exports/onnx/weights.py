@@ -1,0 +1,98 @@
+"""A model as the exporter sees it: shape, config and tensors by name, plain or quantised."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from compress.models.anatomy import ModelShape
+from compress.quant.qtensor import QTensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Model:
+    """shape and config: what `config.json` says. tensors: by state-dict name. prefix: the backbone's (`model.`).
+
+    rotary: cos and sin `(max_position_embeddings, rotary_dim / 2)` where positions are rotary.
+    """
+
+    shape: ModelShape
+    config: Mapping[str, Any]
+    tensors: Mapping[str, Tensor | QTensor]
+    prefix: str
+    rotary: tuple[NDArray[np.float32], NDArray[np.float32]] | None = None
+
+    def key(self, common: str, default: Any = None) -> Any:
+        """A value of the config by Hugging Face's common key."""
+        return self.config.get(self.shape.family.key(common), default)
+
+    def layer(self, index: int, path: str) -> str:
+        """The state-dict name of a layer's module."""
+        return f"{self.prefix}{self.shape.family.layers}.{index}.{path}"
+
+    def has(self, path: str) -> bool:
+        """Whether there is a module with a weight at `path`."""
+        return f"{path}.weight" in self.tensors
+
+    def matrix(self, path: str) -> Tensor | QTensor:
+        """A module's weight as `(N, K)` = (output, input) channels."""
+        weight = self.tensors[f"{path}.weight"]
+        is_conv1d = self.shape.family.conv1d and path.startswith(f"{self.prefix}{self.shape.family.layers}.")
+        return weight.T if is_conv1d and not isinstance(weight, QTensor) else weight
+
+    def bias(self, path: str) -> NDArray[np.float32] | None:
+        """A module's bias, or None."""
+        bias = self.tensors.get(f"{path}.bias")
+        return None if bias is None else array(cast("Tensor", bias))
+
+    def vector(self, name: str) -> NDArray[np.float32]:
+        """A plain tensor by its full name."""
+        return array(cast("Tensor", self.tensors[name]))
+
+
+def array(tensor: Tensor) -> NDArray[np.float32]:
+    """A float32 array that shares the tensor's memory where it can."""
+    values: NDArray[np.float32] = tensor.detach().float().numpy()
+    return values
+
+
+def stack_rows(matrices: Sequence[Tensor | QTensor], rows: NDArray[np.int64] | None = None) -> Tensor | QTensor:
+    """Matrices of one kind one below the other, their output channels then reordered by `rows`."""
+    import torch
+
+    if isinstance(matrices[0], QTensor):
+        quantised = cast("Sequence[QTensor]", matrices)
+        zeros = [matrix.zero_point for matrix in quantised if matrix.zero_point is not None]
+        stacked = QTensor(
+            torch.cat([matrix.codes for matrix in quantised]),
+            torch.cat([matrix.scale for matrix in quantised]),
+            torch.cat(zeros) if zeros else None,
+            quantised[0].scheme,
+        )
+        if rows is None:
+            return stacked
+        zero = None if stacked.zero_point is None else stacked.zero_point[rows]
+        return QTensor(stacked.codes[rows], stacked.scale[rows], zero, stacked.scheme)
+    plain = cast("Sequence[Tensor]", matrices)
+    whole = plain[0] if len(plain) == 1 else torch.cat(list(plain))
+    return whole if rows is None else whole[torch.from_numpy(rows)]
+
+
+def stackable(matrices: Sequence[Tensor | QTensor]) -> bool:
+    """Whether matrices are of one kind, so that one operator can do all of them."""
+    first, *others = matrices
+    if not isinstance(first, QTensor):
+        return not any(isinstance(other, QTensor) for other in others)
+    return all(
+        isinstance(other, QTensor)
+        and other.scheme == first.scheme
+        and (other.zero_point is None) == (first.zero_point is None)
+        for other in others
+    )

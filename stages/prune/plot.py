@@ -1,0 +1,40 @@
+"""A picture of the scores: one bar for each layer, the dropped ones marked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+
+from compress.stages.prune.scores import Choice
+
+KEPT, DROPPED, LATER = "#a9b8c9", "#d1495b", "#22333b"
+WIDE = 20.0
+"""The ratio of the largest score to the smallest from which the axis is logarithmic."""
+
+
+def plot_scores(choice: Choice, num_layers: int, path: Path) -> None:
+    """Draw the first round's scores of `choice` as bars, the last round's as points, to a PNG at `path`."""
+    first, last = choice.rounds[0], choice.rounds[-1]
+    figure = Figure(figsize=(9, 3.6), dpi=120, layout="constrained")
+    axes = figure.add_subplot()
+    axes.bar(list(first), list(first.values()), color=[DROPPED if i in choice.dropped else KEPT for i in first])
+    legend: list[object] = [Patch(color=KEPT, label="kept"), Patch(color=DROPPED, label="dropped")]
+    if last is not first:
+        label = "at the last removal"
+        legend += axes.plot(list(last), list(last.values()), "o", color=LATER, markersize=3.5, label=label)
+    if 0 < WIDE * min(first.values()) < max(first.values()):
+        axes.set_yscale("log")
+    dropped = ", ".join(map(str, choice.dropped))
+    axes.set_title(f"{len(choice.dropped)} of {num_layers} layers dropped: {dropped}", loc="left", fontsize=11, wrap=True)
+    axes.set_xlabel(f"layer  (scored on {choice.num_tokens:,} tokens)")
+    axes.set_ylabel(choice.measure, fontsize=8)
+    axes.set_xticks(range(0, num_layers, 1 + num_layers // 40))
+    axes.set_xlim(-0.7, num_layers - 0.3)
+    axes.tick_params(labelsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", alpha=0.25)
+    axes.set_axisbelow(True)
+    axes.legend(handles=legend, frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    figure.savefig(path)

@@ -1,0 +1,129 @@
+"""Which layers a model misses least, each score a function of the model and batches of token ids.
+
+x_l is the residual stream on its way into layer l of L, (B, T, D), and x_L what leaves the last one, before any final
+norm. Everything is computed batch by batch: nothing grows with the number of tokens.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from compress.models.parts import Parts
+from compress.stage import Progress
+from compress.stages.prune.replay import Trace, cosine, distance, output
+
+Score = Literal["block-influence", "angular", "leave-one-out"]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The layers to drop, sorted, and why: one round of scores for each decision, none where nothing was measured.
+
+    The scores are of single layers; those of `angular` are of runs of layers, by the first.
+    """
+
+    dropped: Sequence[int]
+    measure: str = ""
+    rounds: Sequence[Mapping[int, float]] = ()
+    num_tokens: int = 0
+
+
+def choose(by: Score, parts: Parts, batches: Sequence[Tensor], num_dropped: int, advance: Progress) -> Choice:
+    """The `num_dropped` layers that score `by` says to drop, over all tokens of `batches` of ids (B, T)."""
+    num_tokens = sum(ids_BT.numel() for ids_BT in batches)
+    if by == "leave-one-out":
+        one = batches[0][:1]
+        says = output(parts, one, Trace.of(parts, one).states[-1])
+        rounds = leave_one_out(parts, batches, num_dropped, advance)
+        dropped = sorted(lowest(scores) for scores in rounds)
+        return Choice(dropped, f"{says.measure}, without the layer", rounds, num_tokens)
+    if by == "angular":
+        runs = angular(parts, batches, num_dropped, advance)
+        first = lowest(runs)
+        dropped = list(range(first, first + num_dropped))
+        return Choice(dropped, f"angular distance over {num_dropped} layers from this one, ÷ π", [runs], num_tokens)
+    scores = block_influence(parts, batches, advance)
+    dropped = sorted(sorted(scores, key=scores.__getitem__)[:num_dropped])
+    return Choice(dropped, "block influence, 1 − E cos(in, out)", [scores], num_tokens)
+
+
+def block_influence(parts: Parts, batches: Iterable[Tensor], advance: Progress) -> dict[int, float]:
+    """BI_l = 1 − E cos(x_l, x_{l+1}) of each layer, over all tokens of `batches` of ids (B, T). ShortGPT."""
+    total = torch.zeros(len(parts.layers), dtype=torch.float64)
+    num_tokens = 0
+    for ids_BT in batches:
+        x = Trace.of(parts, ids_BT).states
+        total += torch.stack([cosine(x[i], x[i + 1]).double().sum() for i in range(len(total))])
+        num_tokens += ids_BT.numel()
+        advance()
+    return dict(enumerate((1 - total / num_tokens).tolist()))
+
+
+def angular(parts: Parts, batches: Iterable[Tensor], length: int, advance: Progress) -> dict[int, float]:
+    """E arccos cos(x_l, x_{l+length}) / π of each block of `length` layers, by its first layer l = 0 … L − length.
+
+    The angular distance of Gromov et al., "The unreasonable ineffectiveness of the deeper layers", over all tokens.
+    """
+    total = torch.zeros(len(parts.layers) - length + 1, dtype=torch.float64)
+    num_tokens = 0
+    for ids_BT in batches:
+        x = Trace.of(parts, ids_BT).states
+        angles = [cosine(x[i], x[i + length]).double().clamp(-1, 1).arccos().sum() for i in range(len(total))]
+        total += torch.stack(angles) / math.pi
+        num_tokens += ids_BT.numel()
+        advance()
+    return dict(enumerate((total / num_tokens).tolist()))
+
+
+def leave_one_out(
+    parts: Parts, batches: Sequence[Tensor], num_dropped: int, advance: Progress
+) -> list[dict[int, float]]:
+    """For each removal in turn, how far the output moves from the full model's when a remaining layer goes too.
+
+    The layer with the smallest figure is removed before the next round. The figure is the mean of `distance` over
+    positions. A layer's removal leaves the layers before it as they were, so their output
+    is computed once, which halves the cost.
+    """
+    kept = list(range(len(parts.layers)))
+    rounds: list[dict[int, float]] = []
+    for _ in range(num_dropped):
+        total, num_positions = dict.fromkeys(kept, 0.0), 0
+        for ids_BT in batches:
+            trace = Trace.of(parts, ids_BT)
+            target = output(parts, ids_BT, trace.states[-1])
+            x_BTD = trace.states[0]
+            for position, index in enumerate(kept):
+                y_BTD = x_BTD
+                for later in kept[position + 1 :]:
+                    y_BTD = trace.run(later, y_BTD)
+                total[index] += distance(target, output(parts, ids_BT, y_BTD)).double().sum().item()
+                x_BTD = trace.run(index, x_BTD)
+            num_positions += target.values[..., 0].numel()
+            advance()
+        rounds.append({index: value / num_positions for index, value in total.items()})
+        kept.remove(lowest(rounds[-1]))
+    return rounds
+
+
+def uniform(num_layers: int, num_dropped: int) -> list[int]:
+    """The layers left out when the kept ones are spread evenly from the first to the last."""
+    gaps = num_layers - num_dropped - 1
+    kept = {(2 * i * (num_layers - 1) + gaps) // (2 * gaps) for i in range(gaps + 1)} if gaps else {0}
+    return [index for index in range(num_layers) if index not in kept]
+
+
+def at_random(num_layers: int, num_dropped: int, seed: int) -> list[int]:
+    """`num_dropped` layers drawn without replacement: the control that every score has to beat."""
+    return sorted(random.Random(seed).sample(range(num_layers), num_dropped))
+
+
+def lowest(scores: Mapping[int, float]) -> int:
+    """The layer (or run of layers) with the smallest score."""
+    return min(scores, key=scores.__getitem__)

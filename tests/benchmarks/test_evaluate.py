@@ -1,0 +1,175 @@
+"""The `evaluate` stage on pico models."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from compress.artifact import Artifact, finish
+from compress.benchmarks.evaluate import Evaluate
+from compress.errors import StageFailed
+from compress.models.anatomy import shape_of
+from compress.stage import StageContext, Target
+from pico import make_pico
+
+LENGTH, BLOCKS = 32, 6
+
+
+class FixedText:
+    """Stands in for TextData: the same few sentences, packed."""
+
+    def blocks(self, split: str, tokenizer: Any, sequence_length: int, max_tokens: int | None = None) -> np.ndarray:
+        import pydoc_data.topics
+
+        text = pydoc_data.topics.topics["assignment"]
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"][: BLOCKS * sequence_length]
+        return np.array(ids, np.int64).reshape(-1, sequence_length)
+
+    def digest(self, split: str) -> str:
+        return "fixed"
+
+
+def artifact(folder: Path) -> Artifact:
+    return finish(folder, format="torch", stage="test", key=folder.name, lineage=(), metrics={})
+
+
+def evaluate(tmp_path: Path, subject: Path, source: Path, **options: Any) -> tuple[dict[str, Any], Path]:
+    out = tmp_path / "out"
+    out.mkdir()
+    stage = Evaluate(sequence_length=LENGTH, tokens=LENGTH * BLOCKS, **options)
+    inputs = {"input": artifact(subject), "source": artifact(source)}
+    data: Any = FixedText()
+    context = StageContext(out, tmp_path, inputs, data, seed=0, target=Target(threads=1))
+    return dict(stage.run(context)), out
+
+
+def copy_of(folder: Path, to: Path) -> Path:
+    return Path(shutil.copytree(folder, to))
+
+
+@pytest.fixture
+def source(pico: Callable[[str], Path], tmp_path: Path) -> Path:
+    return copy_of(pico("llama"), tmp_path / "source")
+
+
+@pytest.fixture
+def other(tmp_path: Path) -> Path:
+    return make_pico("llama", tmp_path / "other", seed=1)
+
+
+def naive(folder: Path) -> Any:
+    import torch
+
+    from compress.models.load import load_model, load_tokenizer
+
+    blocks = torch.from_numpy(FixedText().blocks("eval", load_tokenizer(folder), LENGTH))
+    with torch.inference_mode():
+        return blocks, load_model(folder)(blocks).logits.double().log_softmax(-1)
+
+
+def test_figures_equal_a_naive_computation(tmp_path: Path, source: Path, other: Path) -> None:
+    metrics, _ = evaluate(tmp_path, other, source)
+    blocks, log_q = naive(other)
+    _, log_p = naive(source)
+    targets = blocks[:, 1:, None]
+    log_q, log_p = log_q[:, :-1], log_p[:, :-1]
+    result = metrics["result"]
+    assert result["perplexity"] == pytest.approx(math.exp(-log_q.gather(2, targets).mean()), rel=1e-5)
+    assert metrics["source"]["perplexity"] == pytest.approx(math.exp(-log_p.gather(2, targets).mean()), rel=1e-5)
+    assert result["kl"] == pytest.approx(float((log_p.exp() * (log_p - log_q)).sum(-1).mean()), rel=1e-5)
+    assert result["top1_agreement"] == pytest.approx(
+        float((log_p.argmax(-1) == log_q.argmax(-1)).double().mean()), abs=1e-12
+    )
+    difference = (log_p - log_q).gather(2, targets)[..., 0].mean(1)  # blocks of equal length: plain SE of their means
+    assert result["perplexity_ratio"] == pytest.approx(math.exp(difference.mean()), rel=1e-5)
+    assert result["perplexity_ratio_se"] / result["perplexity_ratio"] == pytest.approx(
+        float(difference.std() / BLOCKS**0.5), rel=1e-4
+    )
+
+
+def test_a_model_against_itself(tmp_path: Path, source: Path) -> None:
+    metrics, _ = evaluate(tmp_path, copy_of(source, tmp_path / "same"), source)
+    result = metrics["result"]
+    assert (result["kl"], result["top1_agreement"], result["perplexity_ratio"]) == (0, 1, 1)
+    assert (result["kl_se"], result["perplexity_ratio_se"]) == (0, 0)
+    assert result["perplexity"] == metrics["source"]["perplexity"]
+
+
+def test_the_source_itself_is_run_once(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from compress.benchmarks import scorers
+
+    opened = []
+    real = scorers.open_scorer
+    monkeypatch.setattr(scorers, "open_scorer", lambda *a, **k: opened.append(a) or real(*a, **k))
+    metrics, _ = evaluate(tmp_path, source, source)
+    assert len(opened) == 1
+    assert metrics["result"]["kl"] == 0
+
+
+def test_blocks_are_written_so_that_later_comparisons_can_be_paired(tmp_path: Path, source: Path, other: Path) -> None:
+    metrics, out = evaluate(tmp_path, other, source)
+    written = json.loads((out / "evaluation.json").read_text())
+    blocks = written["blocks"]
+    assert written["metrics"] == metrics
+    assert blocks["num_blocks"] == len(blocks["nll"]) == len(blocks["kl"]) == BLOCKS
+    assert math.exp(sum(blocks["nll"]) / sum(blocks["num_predictions"])) == pytest.approx(
+        metrics["result"]["perplexity"]
+    )
+
+
+def test_another_tokenizer_is_refused(tmp_path: Path, source: Path, other: Path) -> None:
+    file = other / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    tokenizer["model"]["merges"] = []
+    file.write_text(json.dumps(tokenizer))
+    with pytest.raises(StageFailed, match=r"tokenizers of .* differ"):
+        evaluate(tmp_path, other, source)
+
+
+def test_weights_that_are_not_finite_are_named(tmp_path: Path, source: Path, other: Path) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(other / "model.safetensors")
+    weights["model.norm.weight"][:] = torch.nan
+    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(StageFailed, match="not finite"):
+        evaluate(tmp_path, other, source)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "figures"),
+    [
+        (None, {"cosine"}),
+        ("BertForMaskedLM", {"perplexity", "perplexity_ratio", "kl", "top1_agreement"}),
+        ("BertForSequenceClassification", {"kl", "top1_agreement"}),
+        ("BertForTokenClassification", {"kl", "top1_agreement"}),
+    ],
+)
+def test_encoders(tmp_path: Path, architecture: str | None, figures: set[str]) -> None:
+    head = {"architecture": architecture} if architecture else {}
+    source, other = (make_pico("bert", tmp_path / str(seed), seed=seed, **head) for seed in (0, 1))
+    for folder in (source, other):  # the pico tokenizer is a decoder's
+        file = folder / "tokenizer_config.json"
+        extra = {"cls_token": "<|end|>", "sep_token": "<|end|>", "mask_token": "<|end|>"}
+        file.write_text(json.dumps(json.loads(file.read_text()) | extra))
+    metrics, _ = evaluate(tmp_path, other, source)
+    result = metrics["result"]
+    assert {name for name in result if not name.endswith("_se")} == figures
+    assert all(math.isfinite(value) for value in result.values())
+    assert result.get("kl", 1) > 0
+    assert abs(result.get("cosine", 0)) < 0.99
+
+
+def test_options_are_checked_against_the_model(pico: Callable[[str], Path]) -> None:
+    shape = shape_of(json.loads((pico("llama") / "config.json").read_text()))
+    assert [p.where for p in Evaluate(sequence_length=300, tokens=8192).check(shape)] == ["sequence_length"]
+    assert [p.where for p in Evaluate(sequence_length=200, tokens=300).check(shape)] == ["tokens"]
+    assert list(Evaluate().check(shape)) == []
