@@ -18,7 +18,9 @@ from pathlib import Path
 from typing import IO, Any, Literal, Self
 
 from compress.errors import StageFailed
+from compress.stage import Progress
 
+COMMAND = (sys.executable, "-m", "compress.benchmarks.worker")
 Runtime = Literal["ort", "genai"]
 MIN_ROUNDS = 3
 SETTLE_SECONDS = 0.05
@@ -69,9 +71,7 @@ class Measured:
 class Worker:
     """A fresh process with one model. Its errors become StageFailed."""
 
-    def __init__(
-        self, name: str, command: Sequence[str] = (sys.executable, "-m", "compress.benchmarks.worker")
-    ) -> None:
+    def __init__(self, name: str, command: Sequence[str] = COMMAND) -> None:
         self.name = name
         self._stderr: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  (closed in __exit__)
         self._process = subprocess.Popen(
@@ -115,7 +115,7 @@ class Worker:
 
 def hold(
     contestants: Mapping[str, Contestant], workloads: Sequence[Workload], budget: Budget,
-    *, threads: int, cpus: Sequence[int], vocab_size: int, advance: Callable[[int, str], None] = lambda steps, note: None,
+    *, threads: int, cpus: Sequence[int], vocab_size: int, advance: Progress,
 ) -> dict[str, Measured]:  # fmt: skip
     """Load every model, warm all of them up with every workload, then measure in rounds.
 

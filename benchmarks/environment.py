@@ -18,7 +18,8 @@ def pick_cpus(threads: int, available: Sequence[int] | None = None, cpus: Path =
     if available is None:
         available = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
     seen: set[str] = set()
-    first, second = [], []
+    first: list[int] = []
+    second: list[int] = []
     for cpu in available:
         siblings = _read(cpus / f"cpu{cpu}" / "topology" / "thread_siblings_list") or str(cpu)
         (second if siblings in seen else first).append(cpu)

@@ -53,7 +53,7 @@ def build(source: Path, out: Path, precision: Literal["int4", "fp32"], cache: Pa
 
 
 def _link(file: Path, to: Path) -> None:
-    """A hard link where the file system allows one (the runtime refuses weights behind a symbolic link), else a copy."""
+    """A hard link where the file system allows one (the runtime refuses weights behind a symbolic one), else a copy."""
     try:
         os.link(file, to)
     except OSError:

@@ -31,7 +31,7 @@ def judge(
     task = task_of(reference or subject)
     tokenizer = load_tokenizer(reference or subject)
     inner = sequence_length if task == "causal" else sequence_length - 2
-    blocks_NT = data.blocks("eval", tokenizer, inner, max_tokens)
+    blocks_NT: Ints = data.blocks("eval", tokenizer, inner, max_tokens)
     if len(blocks_NT) < 2:
         raise StageFailed(
             "evaluate", f"the eval text has {len(blocks_NT)} block(s) of {sequence_length} tokens; 2 are the least",
@@ -44,7 +44,9 @@ def judge(
     if task != "causal":
         blocks_NT = _with_edges(blocks_NT, tokenizer)
     score = open_scorer(subject, task, threads=threads)
-    beside = score if reference == subject else reference and open_scorer(reference, task, threads=threads)
+    beside = score if reference == subject else None
+    if reference is not None and beside is None:
+        beside = open_scorer(reference, task, threads=threads)
     asked = questions(blocks_NT, task, tokenizer.mask_token_id)
     with reporter.progress("evaluate", len(asked)) as advance:
         return evaluate(score, beside, asked, task, advance)

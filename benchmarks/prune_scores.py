@@ -59,16 +59,20 @@ def judge(parts: Parts, blocks_NT: Tensor, drops: Sequence[Sequence[int]]) -> li
     ]
 
 
-def choices(parts: Parts, blocks_NT: Tensor, few_NT: Tensor, num_dropped: int) -> Iterator[tuple[str, Sequence[int]]]:
+def choices(
+    parts: Parts, blocks_NT: Tensor, few_NT: Tensor, nums_dropped: Sequence[int]
+) -> Iterator[tuple[str, Sequence[int]]]:
     """(`by`, layers dropped) of every score and control; `few_NT` is the calibration text of leave-one-out."""
-    num_layers = len(parts.layers)
-    silent = Reporter().progress
-    for by, calibration_NT in (("block-influence", blocks_NT), ("angular", blocks_NT), ("leave-one-out", few_NT)):
-        with silent(by, 1) as advance:
-            yield by, scores.choose(by, parts, calibration_NT.split(4), num_dropped, advance).dropped
-    yield "uniform", scores.uniform(num_layers, num_dropped)
-    for seed in range(NUM_RANDOM):
-        yield f"random, seed {seed}", scores.at_random(num_layers, num_dropped, seed)
+    many, few, num_layers = scores.batches_of(blocks_NT), scores.batches_of(few_NT), len(parts.layers)
+    with Reporter().progress("", 0) as silent:
+        rounds = scores.leave_one_out(parts, few, max(nums_dropped), silent)
+        for num in nums_dropped:
+            yield "block-influence", scores.choose("block-influence", parts, many, num, silent).dropped
+            yield "angular", scores.choose("angular", parts, many, num, silent).dropped
+            yield "leave-one-out", sorted(scores.lowest(found) for found in rounds[:num])
+            yield "uniform", scores.uniform(num_layers, num)
+            for seed in range(NUM_RANDOM):
+                yield f"random, seed {seed}", scores.at_random(num_layers, num, seed)
 
 
 def main() -> None:
@@ -86,8 +90,8 @@ def main() -> None:
     few = torch.from_numpy(data.blocks("train", tokenizer, args.sequence_length, args.tokens // 8))
     held_out = torch.from_numpy(data.blocks("eval", tokenizer, args.sequence_length, args.eval_tokens))
     parts = Parts(load_model(args.model))
-    rows = [("full model", ())]
-    rows += [choice for num in args.drop for choice in choices(parts, calibration, few, num)]
+    rows: list[tuple[str, Sequence[int]]] = [("full model", ())]
+    rows += choices(parts, calibration, few, args.drop)
     print("| by | layers dropped | perplexity | KL (± SE) | top-1 agreement |\n|---|---|---|---|---|")
     for (by, dropped), loss in zip(rows, judge(parts, held_out, [dropped for _, dropped in rows]), strict=True):
         names = ", ".join(map(str, dropped)) or "—"

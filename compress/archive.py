@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import shutil
 import stat
 import tarfile
@@ -15,6 +16,9 @@ from compress.errors import CompressError
 
 MAX_BYTES = 40_000_000_000
 MAX_FILES = 100_000
+_MAX_TAIL = 1 << 20
+_DAMAGE = (zipfile.BadZipFile, gzip.BadGzipFile, tarfile.TarError, zlib.error, EOFError, NotImplementedError,
+           RuntimeError)  # fmt: skip
 
 
 def unpack(archive: Path, out: Path, wanted: Callable[[str], bool], max_bytes: int = MAX_BYTES) -> list[str]:
@@ -36,7 +40,7 @@ def unpack(archive: Path, out: Path, wanted: Callable[[str], bool], max_bytes: i
             names.add(_safe(archive, name))
             if wanted(name):
                 _copy(stream, out / name, num_bytes, archive)
-    except (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+    except _DAMAGE as error:
         raise CompressError(str(archive), f"is a damaged archive ({error})", "download it again") from error
     except (FileExistsError, NotADirectoryError, IsADirectoryError) as error:
         raise _refuse(archive, "holds a file and a folder of one name") from error
@@ -56,7 +60,8 @@ def _zip_members(archive: Path) -> Iterator[tuple[str, int, IO[bytes]]]:
 
 
 def _tar_members(archive: Path) -> Iterator[tuple[str, int, IO[bytes]]]:
-    with tarfile.open(archive, "r|gz") as opened:  # a stream: an oversized member is refused at its header
+    # a stream, so that an oversized member is refused at its header; unzipped apart, since tarfile misses a cut end
+    with gzip.open(archive) as unzipped, tarfile.open(fileobj=unzipped, mode="r|") as opened:
         for info in opened:
             _safe(archive, info.name)
             if not (info.isreg() or info.isdir()):
@@ -65,6 +70,8 @@ def _tar_members(archive: Path) -> Iterator[tuple[str, int, IO[bytes]]]:
                 stream = opened.extractfile(info)
                 assert stream is not None
                 yield info.name, info.size, stream
+        if len(unzipped.read(_MAX_TAIL)) == _MAX_TAIL:
+            raise _refuse(archive, "goes on after its end")
 
 
 def _safe(archive: Path, name: str) -> str:

@@ -105,7 +105,7 @@ def open_artifact(path: Path) -> Artifact:
     if artifact.format not in FORMATS:
         raise CompressError(str(manifest), f"unknown format {artifact.format!r}", "written by another version?")
     for name, entry in files.items():
-        _verify(path / name, entry)
+        _verify(path / name, entry, path)
     return artifact
 
 
@@ -126,11 +126,12 @@ def _digest(file: Path) -> FileEntry:
     return FileEntry(status.st_size, status.st_mtime_ns, sha256)
 
 
-def _verify(file: Path, entry: FileEntry) -> None:
+def _verify(file: Path, entry: FileEntry, artifact: Path) -> None:
+    fix = f"delete {artifact} and run again"
     if not file.is_file():
-        raise CompressError(str(file), "is missing from a finished artifact", f"delete {file.parent} and run again")
+        raise CompressError(str(file), "is missing from a finished artifact", fix)
     status = file.stat()
     if status.st_size == entry.size and status.st_mtime_ns == entry.mtime_ns:
         return
     if status.st_size != entry.size or _digest(file).sha256 != entry.sha256:
-        raise CompressError(str(file), "is not what was written (digest differs)", f"delete {file.parent} and run again")
+        raise CompressError(str(file), "is not what was written (digest differs)", fix)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ class Checked:
     path: Path
     problems: tuple[Problem, ...]
     notes: tuple[Problem, ...] = ()
-    graph: Graph = Graph(())
+    graph: Graph = field(default_factory=lambda: Graph(()))
 
     def to_json(self) -> dict[str, Any]:
         """The same for other programs."""
@@ -55,7 +55,7 @@ def check_file(path: Path) -> Checked:
             problems += error.problems
         else:
             if config is None:
-                notes.append(Problem(place, f"unchecked until fetched: whether the options fit {draft.model}"))
+                notes.append(Problem(place, "unchecked until fetched: whether the options fit the model"))
     graph, unfit = build_graph(draft.entries, shape)
     problems += unfit
     if not draft.problems:  # of a broken file, only what lies before the first fault can be judged

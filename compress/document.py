@@ -19,6 +19,7 @@ MAX_BYTES = 100_000
 MAX_DEPTH = 30
 MAX_VALUES = 10_000
 
+_GIVE_A_FILE = "give the path of a pipeline file"
 _PLAIN_KEY = re.compile(r"[\w@,=/-]{1,60}")
 
 Steps = tuple[str | int, ...]
@@ -86,9 +87,9 @@ def _text(path: Path) -> str:
         fix = f"did you mean {str(path.with_name(near[0]))!r}?" if near else "check the path"
         raise InvalidInput(str(path), "no such file", fix) from error
     except OSError as error:
-        raise InvalidInput(str(path), f"can't be read ({error.strerror})", "give the path of a pipeline file") from error
+        raise InvalidInput(str(path), f"can't be read ({error.strerror})", _GIVE_A_FILE) from error
     if len(raw) > MAX_BYTES:
-        raise InvalidInput(str(path), f"is larger than {MAX_BYTES // 1000} kB", "give the path of a pipeline file")
+        raise InvalidInput(str(path), f"is larger than {MAX_BYTES // 1000} kB", _GIVE_A_FILE)
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -34,6 +34,8 @@ class Setting:
     seed: int
     target: Target
     reporter: Reporter
+    prefix: str = ""
+    """Before what is said of a step."""
 
 
 def execute(plan: Plan, setting: Setting, journal: Journal) -> None:
@@ -46,7 +48,7 @@ def execute(plan: Plan, setting: Setting, journal: Journal) -> None:
     log = setting.reporter.log
     for position, step in enumerate(plan.steps, start=1):
         was = journal.record.stage(step.id)
-        heading = f"[{position}/{len(plan.steps)}] {step.id}"
+        heading = f"{setting.prefix}[{position}/{len(plan.steps)}] {step.id}"
         try:
             if step.is_cached:
                 state, artifact = State.CACHED, _open(step)
@@ -56,7 +58,7 @@ def execute(plan: Plan, setting: Setting, journal: Journal) -> None:
                 state, artifact = State.DONE, _run(step, plan, artifacts, setting)
         except BaseException as error:
             state = State.INTERRUPTED if isinstance(error, KeyboardInterrupt) else State.FAILED
-            log.debug("%s %s", heading, state, exc_info=error)
+            log.error("%s: %s", heading, state, exc_info=error)  # the log has the traceback, the screen has not
             with contextlib.suppress(OSError):  # the disk may be full, and that is not what to report
                 journal.put(was.model_copy(update={"state": state, "error": str(error) or type(error).__name__}))
             if _is_full_disk(error):

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from compress.record import RunRecord, StageRecord
-from compress.require import RESULT
+from compress.require import MODEL_FIGURES, RESULT
 from compress.stage import INPUT, SOURCE
 
 MEASUREMENT = "measurement"
@@ -28,22 +28,35 @@ def figures_of(record: RunRecord) -> dict[str, dict[str, float]]:
                 subjects = {measured, stage.id} | (set() if stage.hidden else {RESULT})
             for name in subjects:
                 found.setdefault(name, {}).update(values)
+        for role in stage.inputs.keys() & stage.metrics.keys():  # a baseline weighs what its own export weighs
+            baseline = found.get(stage.inputs[role], {})
+            weighed = {name: baseline[name] for name in MODEL_FIGURES if name in baseline}
+            found[role] = {**weighed, **found[role]}
     return found
 
 
 @dataclass(frozen=True)
 class StageLine:
-    """A stage that changed the model, and what was measured of what it wrote (nothing where nobody looked)."""
+    """A stage that changed the model, what was measured of what it wrote, and how long it took."""
 
     stage: StageRecord
     measured: Mapping[str, float]
+    seconds: float | None
 
 
 def stage_lines(record: RunRecord) -> list[StageLine]:
     """Every stage of the file that writes a model, in order, with its own figures and what others measured of it."""
     found = figures_of(record)
     models = [stage for stage in record.stages if stage.returns != MEASUREMENT and not stage.hidden]
-    return [StageLine(stage, found.get(stage.id, {})) for stage in models]
+    return [StageLine(stage, found.get(stage.id, {}), _seconds(record, stage)) for stage in models]
+
+
+def _seconds(record: RunRecord, stage: StageRecord) -> float | None:
+    """What a stage took, with the hidden ones that it is short for."""
+    if stage.seconds is None:
+        return None
+    before = next((other for other in record.stages if other.id == stage.inputs[INPUT] and other.hidden), None)
+    return stage.seconds + ((before and _seconds(record, before)) or 0.0)
 
 
 def _source_figures(record: RunRecord) -> dict[str, float]:

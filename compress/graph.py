@@ -13,7 +13,7 @@ from compress.artifact import Format
 from compress.document import shown
 from compress.errors import InvalidInput, Problem
 from compress.models.anatomy import ModelShape
-from compress.pipeline import Entry, Pipeline
+from compress.pipeline import Entry, Pipeline, in_order
 from compress.registry import did_you_mean, stage_class, stage_names
 from compress.require import unproven
 from compress.stage import INPUT, SOURCE, Ref, Stage
@@ -57,7 +57,7 @@ def resolve(pipeline: Pipeline, shape: ModelShape | None) -> Graph:
     graph, problems = build_graph(pipeline.stages, shape)
     problems += unproven(graph, pipeline.require)
     if problems:
-        raise InvalidInput.of(problems)
+        raise InvalidInput.of(in_order(problems))
     return graph
 
 

@@ -18,6 +18,7 @@ from compress.registry import stage_class, stage_names
 from compress.stage import Stage
 
 ALONE = "export alone"
+AUTO = "auto"
 _SHAPE = {
     "num_hidden_layers": 12, "hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12,
     "vocab_size": 32000, "max_position_embeddings": 8192,
@@ -52,12 +53,12 @@ def cells() -> tuple[Cell, ...]:
         for family in FAMILIES
         for model_type in family.model_types
         for stage in (None, *_classes(exports=False))
-        for label, export in _exports()
+        for label, export in _exports(quantized=stage is not None and stage.returns == "quantized")
     )
 
 
 def as_markdown(found: Sequence[Cell]) -> str:
-    """The matrix as a table: model types down, stages across, in each cell the exports that work after (or before) it."""
+    """The matrix as a table: model types down, stages across, in each cell the exports that work with it."""
     columns = list(dict.fromkeys(cell.stage for cell in found))
     lines = [["", *columns], ["---"] * (len(columns) + 1)]
     for model_type in dict.fromkeys(cell.model_type for cell in found):
@@ -84,15 +85,19 @@ def _cell(model_type: str, cls: type[Stage] | None, label: str, export: Stage) -
     return Cell(model_type, cls.name if cls else ALONE, label, stages, "; ".join(map(str, problems)))
 
 
-def _exports() -> Iterator[tuple[str, Stage]]:
-    """Each export stage in each of its formats, by the format's name."""
+def _exports(*, quantized: bool) -> Iterator[tuple[str, Stage]]:
+    """Each export stage in each of its formats, by the format's name.
+
+    Where the format belongs to the artifact, because it is quantised, there is only `auto`; else `auto` is fp32.
+    """
     for cls in _classes(exports=True):
         field = cls.model_fields.get("format")
         formats = get_args(field.annotation) if field and get_origin(field.annotation) is Literal else ()
-        for format_ in formats:
-            yield format_, cls.model_validate({**cls.example, "format": format_})
-        if not formats:
-            yield cls.name, cls.model_validate(dict(cls.example))
+        if quantized or not formats:
+            yield AUTO, cls.model_validate(dict(cls.example))
+        else:
+            for format_ in (each for each in formats if each != AUTO):
+                yield format_, cls.model_validate({**cls.example, "format": format_})
 
 
 def _classes(*, exports: bool) -> list[type[Stage]]:

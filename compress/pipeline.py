@@ -31,7 +31,7 @@ class PipelineFile(BaseModel):
     name: str = Field(pattern=ID_PATTERN, description="The run's name, and its directory's: letters, digits, . _ -")
     model: str = Field(min_length=1, description="A Hub id, a local folder, or pypi://package/version/file.gguf")
     data: DataConfig = Field(DataConfig(), description="The text to train and to evaluate on")
-    target: Target = Field(Target(), description="Where latency is measured")
+    target: Target = Field(Target.model_validate({}), description="Where latency is measured")
     seed: int = Field(0, ge=0, lt=2**32, description="The seed of everything that is random")
     stages: list[Any] = Field(min_length=1, description="What is done, in this order")
     require: dict[str, Any] = Field({}, description='What must hold, by figure: perplexity: "<= 1.05x source"')
@@ -47,7 +47,7 @@ class Entry:
     places: Mapping[str, str] = field(default_factory=dict)
 
     def place_of(self, option: str) -> str:
-        """Where the file gives that option (`keep`, `loss.kl`); the stage's own place with its name where it does not."""
+        """Where the file gives that option (`keep`, `loss.kl`), or would."""
         if not option:
             return self.place
         first = re.split(r"[.\[]", option)[0]
@@ -101,13 +101,13 @@ def load_pipeline(path: Path) -> Pipeline:
 
 
 def in_order(problems: Iterable[Problem]) -> tuple[Problem, ...]:
-    """The problems of one file by line, those of the file as a whole first."""
+    """The problems of one file, each once, by line; those of the file as a whole first."""
 
     def line(problem: Problem) -> int:
         found = re.search(r":(\d+)( |$)", problem.where)
         return int(found[1]) if found else 0
 
-    return tuple(sorted(problems, key=line))
+    return tuple(sorted(dict.fromkeys(problems), key=line))
 
 
 def read_draft(path: Path) -> Draft:
@@ -153,7 +153,7 @@ def _entries(document: Document, items: Sequence[Any]) -> tuple[tuple[Entry, ...
             default = name if occurrences[name] == 1 else f"{name}-{occurrences[name]}"
             id_ = options.pop("id", default)
             above = ("stages", index, name)
-            found += _faults_of_id(document, (*above, "id"), id_, taken)
+            found += _faults_of_id(document.place(*above, "id"), id_, taken)
             stage, faults = validate(stage_class(name), options)
             found += located(faults, document.place, *above)
             if stage is not None and not found and not problems:
@@ -169,7 +169,7 @@ def _faults_of_item(document: Document, index: int, item: Any) -> Iterator[Probl
     place = document.place("stages", index)
     if isinstance(item, dict) and len(item) > 1:
         first, *others = item
-        fix = f"indent {', '.join(map(shown, others))} below `{first}:`, or begin a new item with `- `"
+        fix = f"indent {', '.join(map(shown, others))} below {shown(first)}, or begin a new item with `- `"
         yield Problem(place, f"has {len(item)} keys where one stage's name belongs", fix)
     elif not isinstance(item, str) and not (isinstance(item, dict) and item):
         yield Problem(place, f"must be a stage's name, got {shown(item)}", "write `- stage-name: {option: value}`")
@@ -182,11 +182,11 @@ def _faults_of_item(document: Document, index: int, item: Any) -> Iterator[Probl
             yield Problem(document.place("stages", index, name), what, f"write `- {name}: {{option: value}}`")
 
 
-def _faults_of_id(document: Document, steps: tuple[str | int, ...], id_: object, taken: Mapping[str, int]) -> Iterator[Problem]:
-    place = document.place(*steps)
+def _faults_of_id(place: str, id_: object, taken: Mapping[str, int]) -> Iterator[Problem]:
     if not isinstance(id_, str) or not re.fullmatch(ID_PATTERN, id_):
         yield Problem(place, f"is no name for a stage: {shown(id_)}", "use letters, digits, . _ -, at most 64")
     elif id_ in RESERVED_IDS:
         yield Problem(place, f"{id_!r} already names something else", "choose another name")
     elif id_ in taken:
-        yield Problem(place, f"{id_!r} is the name of two stages (the first on line {taken[id_]})", "choose another name")
+        what = f"{id_!r} is the name of two stages (the first on line {taken[id_]})"
+        yield Problem(place, what, "choose another name")

@@ -114,6 +114,9 @@ def unproven(graph: Graph, requirements: Sequence[Requirement]) -> list[Problem]
         if RESULT not in measured:
             what = f"no stage here measures {shown(need.metric)}"
             problems.append(Problem(need.place, what, _who_measures(need.metric, subjects)))
+        elif need.baseline and len(namesakes := _namesakes(graph, need.baseline)) > 1:
+            what = f"{need.baseline!r} may mean {' or '.join(map(repr, namesakes))}"
+            problems.append(Problem(need.place, what, "give the one that is meant an `id:` of its own"))
         elif need.baseline and need.baseline not in measured:
             what = f"no stage measures {need.metric} of {shown(need.baseline)}"
             problems.append(Problem(need.place, what, did_you_mean(need.baseline, measured.keys() - {RESULT})))
@@ -144,6 +147,12 @@ def _subjects(graph: Graph) -> dict[str, dict[str, str]]:
         for name in (*(() if measures else MODEL_FIGURES), *node.stage.produces()):
             found.setdefault(name, {}).update(subjects)
     return found
+
+
+def _namesakes(graph: Graph, name: str) -> list[str]:
+    """The ids of the stages called `name`, where the file left it to us to number them."""
+    ids = [node.id for node in graph.nodes if node.stage.name == name and not node.hidden]
+    return ids if f"{name}-2" in ids else []
 
 
 def _who_measures(metric: str, subjects: Mapping[str, object]) -> str:

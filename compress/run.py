@@ -18,7 +18,7 @@ from compress.pipeline import Pipeline
 from compress.plan import Plan
 from compress.prepare import Prepared, prepare
 from compress.record import RunRecord, State, VerdictRecord, load_record
-from compress.report import write_report
+from compress.report import has_report, write_report
 from compress.require import Requirement
 from compress.stage import Reporter
 from compress.twin import try_twin
@@ -60,7 +60,8 @@ def run_pipeline(
                 journal.amend(closed(journal.record, state, started))
             raise
         journal.amend(closed(record, record.state, started))
-        write_report(run_dir, journal.record)
+        if earlier is None or _told(earlier) != _told(journal.record) or not has_report(run_dir):
+            write_report(run_dir, journal.record)
         return journal.record
 
 
@@ -104,6 +105,11 @@ def _setting(prepared: Prepared) -> Setting:
     return Setting(
         lambda: prepared.source_artifact, prepared.data, pipeline.seed, pipeline.target, prepared.reporter
     )
+
+
+def _told(record: RunRecord) -> object:
+    """What a report tells: where this is as it was, the one that is there still holds."""
+    return record.state, record.source, record.verdicts, [(stage.key, stage.metrics) for stage in record.stages]
 
 
 def _needs_twin(plan: Plan, earlier: RunRecord | None) -> bool:

@@ -28,7 +28,8 @@ def file_schema() -> dict[str, Any]:
         parts[name] = _stage_schema(parts[name], cls)
     top = parts.pop(str(refs[PipelineFile, "validation"]["$ref"]).rpartition("/")[2])
     top["properties"]["stages"]["items"] = _item_schema(classes, names, parts)
-    top["properties"]["require"]["additionalProperties"] = {"type": "string", "pattern": f"^\\s*{COMPARISON_PATTERN}\\s*$"}
+    comparison = {"type": "string", "pattern": f"^\\s*{COMPARISON_PATTERN}\\s*$"}
+    top["properties"]["require"]["additionalProperties"] = comparison
     return {"$schema": _DIALECT, **top, "title": "compress pipeline file", "$defs": parts}
 
 
@@ -54,5 +55,5 @@ def _item_schema(classes: list[type[Stage]], names: list[str], parts: Mapping[st
         }
         for cls, name in zip(classes, names, strict=True)
     }
-    one_of = {"type": "object", "properties": options, "minProperties": 1, "maxProperties": 1, "additionalProperties": False}
-    return {"anyOf": [{"enum": bare}, one_of]}
+    single = {"minProperties": 1, "maxProperties": 1, "additionalProperties": False}
+    return {"anyOf": [{"enum": bare}, {"type": "object", "properties": options, **single}]}

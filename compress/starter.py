@@ -20,7 +20,7 @@ target: {{threads: 2}}            # where latency is measured
 seed: 0
 
 stages:
-{prune}  - distill: {{teacher: source, tokens: 100000, sequence_length: {length}}}   # bring it back; more tokens, better
+{prune}  - distill: {{teacher: source, tokens: 100000, sequence_length: {length}}}   # more tokens bring it closer
   - evaluate
   - export-onnx: {{format: int4}}   # fp32, int8 or int4: the folder to deploy
   - evaluate                      # perplexity, KL and agreement with the source, of what is deployed

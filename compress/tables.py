@@ -53,7 +53,7 @@ def stages_table(record: RunRecord) -> Table:
     source = figures_of(record)[SOURCE]
     lines: list[tuple[str, Mapping[str, float], str]] = [(SOURCE, source, "")]
     for line in stage_lines(record):
-        seconds = "" if line.stage.seconds is None else f"{line.stage.seconds:.0f} s"
+        seconds = "" if line.seconds is None else f"{line.seconds:.0f} s"
         lines.append((line.stage.id, line.measured, seconds))
     names = [name for name in _STAGE_FIGURES if any(name in values for _, values, _ in lines)]
     rows = tuple((id_, *(_value(values, name) for name in names), seconds) for id_, values, seconds in lines)

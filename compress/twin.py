@@ -41,7 +41,7 @@ def try_twin(prepared: Prepared) -> None:
             graph, source_key=twin.key, data=data, seed=pipeline.seed, target=pipeline.target, run_dir=run_dir
         )
         reporter = Reporter(logging.getLogger(__name__))
-        setting = Setting(lambda: twin, data, pipeline.seed, pipeline.target, reporter)
+        setting = Setting(lambda: twin, data, pipeline.seed, pipeline.target, reporter, prefix="twin ")
         journal = Journal(run_dir, blank_record(pipeline, plan))
         try:
             execute(plan, setting, journal)

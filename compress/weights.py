@@ -8,7 +8,7 @@ import struct
 from collections.abc import Iterable
 from pathlib import Path
 
-from compress.artifact import Format
+from compress.artifact import CHECKPOINTS, Format
 from compress.errors import CompressError
 
 
@@ -26,7 +26,8 @@ def own_figures(folder: Path, format: Format, handed_on: float | None) -> dict[s
     Parameters are counted where weights are plain tensors. Quantising and exporting change how weights are stored and
     not how many there are, so there they are those of the input, `handed_on`.
     """
-    size_mb = sum(_size(file) for file in folder.rglob("*") if file.suffix in (".safetensors", ".onnx", ".data")) / 1e6
+    weights = (file for file in folder.rglob("*") if file.suffix in (".safetensors", ".onnx", ".data"))
+    size_mb = sum(file.stat().st_size for file in weights if file.relative_to(folder).parts[0] != CHECKPOINTS) / 1e6
     plain = sorted(folder.glob("*.safetensors")) if format == "torch" else []
     parameters = float(count_parameters(plain)) if plain else handed_on
     return {"size_mb": size_mb} if parameters is None else {"size_mb": size_mb, "parameters": parameters}
@@ -41,7 +42,3 @@ def _tensor_shapes(file: Path) -> list[list[int]]:
         return [entry["shape"] for name, entry in header.items() if name != "__metadata__"]
     except (struct.error, ValueError, KeyError, OverflowError, MemoryError) as error:
         raise CompressError(str(file), "is not a whole safetensors file", "was it cut short? get it again") from error
-
-
-def _size(file: Path) -> int:
-    return file.stat().st_size

@@ -28,8 +28,12 @@ _BOUNDS = {
 }  # fmt: skip
 
 
-def validate(model: type[ModelT], value: Mapping[str, Any]) -> tuple[ModelT | None, list[tuple[Steps, str, str]]]:
-    """An instance of `model`, or what is wrong as (steps below `value`, what, fix).
+Fault = tuple[Steps, str, str]
+"""Where below the validated value, what is wrong, what to do."""
+
+
+def validate(model: type[ModelT], value: Mapping[str, Any]) -> tuple[ModelT | None, list[Fault]]:
+    """An instance of `model`, or what is wrong with it.
 
     Strict as JSON is: lists may stand for tuples and text for paths, but `true` is no number and `"3"` neither.
     """
@@ -51,18 +55,19 @@ def _is_list_for_tuple(error: ErrorDetails) -> bool:
     return isinstance(error["input"], list) and error["type"] in ("tuple_type", "set_type", "frozen_set_type")
 
 
-def located(faults: Sequence[tuple[Steps, str, str]], place: Callable[..., str], *above: str | int) -> Iterator[Problem]:
+def located(faults: Sequence[Fault], place: Callable[..., str], *above: str | int) -> Iterator[Problem]:
     """The faults as problems; `place` is the document's, `above` the steps to the validated value."""
     for steps, what, fix in faults:
         yield Problem(place(*above, *steps), what, fix)
 
 
-def _faults(model: type[BaseModel], value: Any, errors: Sequence[ErrorDetails]) -> Iterator[tuple[Steps, str, str]]:
+def _faults(model: type[BaseModel], value: Any, errors: Sequence[ErrorDetails]) -> Iterator[Fault]:
     by_steps: dict[Steps, list[ErrorDetails]] = {}
     for error in errors:
         by_steps.setdefault(_steps(value, error), []).append(error)
     schema = model.model_json_schema()
-    words = {steps: _words(schema, steps, group) for steps, group in by_steps.items() if not _is_outdone(steps, by_steps)}
+    nearest = {steps: group for steps, group in by_steps.items() if not _is_outdone(steps, by_steps)}
+    words = {steps: _words(schema, steps, group) for steps, group in nearest.items()}
     suggested = {(*steps[:-1], fix[14:-2]) for steps, (_, fix) in words.items() if fix.startswith("did you mean '")}
     for steps, (what, fix) in words.items():
         if what != _MISSING or steps not in suggested:  # it is there, misspelt
@@ -78,9 +83,10 @@ def _steps(value: Any, error: ErrorDetails) -> Steps:
     """Where the error is in `value`: its `loc` without the names of a union's branches."""
     steps: list[str | int] = []
     for index, step in enumerate(error["loc"]):
-        if (isinstance(value, Mapping) and step in value) or (isinstance(value, list) and step in range(len(value))):
-            steps.append(step)
+        known: Iterable[object] = value if isinstance(value, Mapping) else ()
+        if step in (range(len(value)) if isinstance(value, list) else known):
             value = value[step]
+            steps.append(step)
         elif error["type"] == "missing" and index == len(error["loc"]) - 1:
             steps.append(step)
     return tuple(steps)
@@ -144,12 +150,9 @@ def _options(schema: Mapping[str, Any], steps: Steps) -> Mapping[str, str]:
     here = list(_branches(schema, schema))
     for step in steps:
         below = [branch["items" if isinstance(step, int) else "properties"] for branch in here if _has(branch, step)]
-        here = [
-            branch
-            for part in below
-            for branch in _branches(schema, part if isinstance(step, int) else part[step])
-        ]
-    return {name: option.get("description", "") for branch in here for name, option in branch.get("properties", {}).items()}
+        here = [branch for part in below for branch in _branches(schema, part if isinstance(step, int) else part[step])]
+    options = [option for branch in here for option in branch.get("properties", {}).items()]
+    return {name: option.get("description", "") for name, option in options}
 
 
 def _has(branch: Mapping[str, Any], step: str | int) -> bool:

@@ -19,7 +19,7 @@ from pydantic import Field
 from safetensors.numpy import load_file, save_file
 
 from compress import registry
-from compress.artifact import Metrics
+from compress.artifact import Metrics, write_json
 from compress.errors import StageFailed
 from compress.models.anatomy import ModelShape
 from compress.stage import SOURCE, Ref, Stage, StageContext
@@ -59,7 +59,7 @@ class FakeShrink(Stage):
                 time.sleep(self.sleep)
                 with (context.out.parent / "steps.txt").open("a") as file:  # only a test may write there
                     file.write(f"{step}\n")
-                checkpoint.write_text(json.dumps(step + 1))
+                write_json(checkpoint, step + 1)
                 advance()
         _fail(self.fail)
         (context.out / "half-written").unlink()

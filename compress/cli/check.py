@@ -35,5 +35,5 @@ def check(
         raise InvalidInput.of(found.problems)
     steps = [node for node in found.graph.nodes if not node.hidden]
     hidden = len(found.graph.nodes) - len(steps)
-    more = f" and {hidden} hidden" if hidden else ""
-    typer.echo(f"{pipeline}: valid, {len(steps)} stages{more}: {' → '.join(node.id for node in steps)}")
+    count = f"{len(steps)} stage{'s' if len(steps) != 1 else ''}{f' and {hidden} hidden' if hidden else ''}"
+    typer.echo(f"{pipeline}: valid, {count}: {' → '.join(node.id for node in steps)}")

@@ -9,12 +9,18 @@ from typing import Annotated
 import typer
 
 from compress import __version__
+from compress.cli.bench import bench
+from compress.cli.check import check
 from compress.cli.compare import compare
+from compress.cli.eval import evaluate
 from compress.cli.gc import gc
+from compress.cli.init import init
 from compress.cli.plan import plan
 from compress.cli.run import run
+from compress.cli.schema import schema
 from compress.cli.screen import print_problem
 from compress.cli.show import show
+from compress.cli.stages import stages
 from compress.errors import CompressError
 
 app = typer.Typer(
@@ -45,8 +51,9 @@ def _root(
     """
 
 
-for verb in (plan, run, show, compare, gc):
+for verb in (check, init, plan, run, show, compare, bench, stages, schema, gc):
     app.command()(verb)
+app.command("eval")(evaluate)
 
 
 def main() -> None:

@@ -44,7 +44,7 @@ def run(
         try:
             record = run_pipeline(loaded, runs=runs, from_stage=from_stage, twin=twin, reporter=reporter)
         except KeyboardInterrupt:
-            reporter.log.info("interrupted: finished stages and checkpoints are kept in %s; run it again to go on", run_dir)
+            reporter.log.info("interrupted: what is finished is kept in %s; run it again to go on", run_dir)
             raise typer.Exit(ExitCode.INTERRUPTED) from None
     release()
     if json:

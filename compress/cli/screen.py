@@ -65,12 +65,15 @@ def reporting() -> Iterator[Reporter]:
 
 
 class _Lines(logging.Handler):
+    """Log records as lines. What ended the run is told once, by whoever ends the process."""
+
     def __init__(self, console: Console) -> None:
         super().__init__(logging.INFO)
         self._console = console
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._console.print(record.getMessage(), markup=False, soft_wrap=True)
+        if not record.exc_info:
+            self._console.print(record.getMessage(), markup=False, soft_wrap=True)
 
 
 class _Bars:

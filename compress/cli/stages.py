@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from textwrap import fill
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def stages(
-    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="The stage to show.", show_default=False)] = None,
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="The stage to show.", show_default=False)] = None,
     matrix: Annotated[bool, typer.Option("--matrix", help="Show what works for which model, as a table.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
 ) -> None:
@@ -92,7 +93,7 @@ def type_in_words(schema: Mapping[str, Any], part: Mapping[str, Any]) -> str:
     word = {"integer": "whole number", "number": "number", "boolean": "true | false", "string": "text"}
     bounds = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
     limits = [f"{sign} {part[key]:g}" for key, sign in bounds.items() if key in part]
-    return " ".join([word.get(part.get("type", ""), "any"), *limits])
+    return f"{word.get(part.get('type', ''), 'any')} {', '.join(limits)}".rstrip()
 
 
 def _listing(described: Sequence[Mapping[str, Any]]) -> Iterator[str]:
@@ -108,12 +109,13 @@ def _page(stage: Mapping[str, Any]) -> Iterator[str]:
     from compress.document import shown
 
     yield f"{stage['name']}: {stage['summary']}\n"
-    yield f"{stage['about']}\n"
-    yield f"takes {' or '.join(stage['accepts'])}, hands on {stage['returns']}; for {' and '.join(stage['kinds'])} models"
+    yield f"{fill(stage['about'], 110)}\n"
+    yield f"takes {' or '.join(stage['accepts'])}, hands on {stage['returns']}"
+    yield f"works on {' and '.join(stage['kinds'])} models"
     yield "\noptions:" if stage["options"] else "\nno options"
     for option in stage["options"]:
-        default = "required" if option["required"] else f"default {shown(option['default'])}"
-        yield f"  {option['name']}: {option['type']} ({default})"
-        yield f"      {option['description']}"
+        default = "optional" if option["default"] is None else f"default {shown(option['default'])}"
+        yield f"  {option['name']}: {option['type']} ({'required' if option['required'] else default})"
+        yield fill(option["description"], 110, initial_indent=6 * " ", subsequent_indent=6 * " ")
     if stage["figures"]:
         yield f"\nfigures for `require`: {', '.join(stage['figures'])}"

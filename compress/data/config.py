@@ -11,6 +11,7 @@ A spec is a string or a mapping:
 from __future__ import annotations
 
 import glob
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -72,7 +73,11 @@ def _as_list(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else (value,)
 
 
-Specs = Annotated[tuple[Spec, ...], BeforeValidator(_as_list), Field(min_length=1)]
+Specs = Annotated[
+    tuple[Spec, ...],
+    BeforeValidator(_as_list, json_schema_input_type=Spec | Annotated[list[Spec], Field(min_length=1)]),
+    Field(min_length=1),
+]
 
 
 class DataConfig(BaseModel):
@@ -108,10 +113,10 @@ class DataConfig(BaseModel):
 
 def text_files(pattern: str) -> list[Path]:
     """The files that a path, a folder or a glob names, sorted: those with text suffixes where it is a folder."""
-    path = Path(pattern).expanduser()
-    if path.is_dir():
+    path = Path(os.path.expanduser(pattern))  # os.path: a name too long or an unknown ~user is no file, and no OSError
+    if os.path.isdir(path):
         return sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES and file.is_file())
-    if path.exists():
+    if os.path.exists(path):
         return [path]
     return sorted(Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file())
 

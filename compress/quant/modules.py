@@ -72,10 +72,10 @@ def _exchange(model: nn.Module, path: str, module: nn.Module) -> None:
 
 
 def weight_of(module: nn.Module) -> Tensor:
-    """The weight of a Linear, Embedding or GPT-2 Conv1D as (N, K) = (output, input) float32: a copy where it must be."""
+    """The weight of a Linear, Embedding or GPT-2 Conv1D as (N, K) = (output, input) float32; may share memory."""
     from transformers.pytorch_utils import Conv1D
 
-    weight = cast(Any, module).weight.detach().float()
+    weight: Tensor = cast(Any, module).weight.detach().float()
     return weight.T.contiguous() if isinstance(module, Conv1D) else weight
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +34,13 @@ class QTensor:
         zero = self.scheme.midpoint if self.zero_point is None else self.zero_point.float()[..., None]
         blocks = (to_blocks(self.codes.float(), self.scheme) - zero) * self.scale[..., None]
         return blocks.flatten(1)[:, : self.shape[1]]
+
+    def split(self, rows: Sequence[int]) -> list[QTensor]:
+        """Cut into tensors of so many rows (output channels) each."""
+        sizes = list(rows)
+        zeros = [None] * len(rows) if self.zero_point is None else torch.split(self.zero_point, sizes)
+        cut = zip(torch.split(self.codes, sizes), torch.split(self.scale, sizes), zeros, strict=True)
+        return [QTensor(codes, scale, zero_point, self.scheme) for codes, scale, zero_point in cut]
 
     def pack(self) -> dict[str, Tensor]:
         """The tensors to store, as the operators want them: `codes`, `scales` and, where there are any, `zero_points`.

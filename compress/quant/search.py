@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from compress.quant.qtensor import QTensor
-from compress.quant.schemes import Scheme, quantize, round_to_nearest, to_blocks
+from compress.quant.schemes import Scheme, round_to_nearest, to_blocks
 
-CLIPS = torch.linspace(0.60, 1.15, 12)
-"""Candidates: the block's extreme over the code that it maps to, times these."""
-ROWS = 1 << 14
-"""Blocks searched at a time: the working set stays in the processor's cache."""
+CLIPS = (0.65, 0.70, 0.75, 0.80, 0.85, 0.90, 0.95, 1.0, 1.05, 1.10)
+"""Candidates: the block's extreme over the outermost code, times these."""
+NUM_REFITS = 2
+CHUNK = 1 << 17
+"""Weights searched at a time: the working set stays in the processor's cache."""
 
 
 def search_scales(weight_NK: Tensor, scheme: Scheme, importance_K: Tensor | None = None) -> Tensor:
@@ -27,41 +28,48 @@ def search_scales(weight_NK: Tensor, scheme: Scheme, importance_K: Tensor | None
     ones = torch.ones(weight_NK.shape[1]) if importance_K is None else importance_K.float()
     importance = to_blocks(ones[None], scheme).expand(n, g, b).reshape(-1, b)
     start, _ = round_to_nearest(weight_NK, scheme)
-    flat = zip(blocks.reshape(-1, b).split(ROWS), importance.split(ROWS), start.flatten().split(ROWS), strict=True)
-    return torch.cat([_search_blocks(*chunk, scheme) for chunk in flat]).reshape(n, g)
+    rows = max(1, CHUNK // b)
+    x, weights, scales = (torch.split(each, rows) for each in (blocks.reshape(-1, b), importance, start.flatten()))
+    found = [_search_blocks(*part, scheme=scheme) for part in zip(x, weights, scales, strict=True)]
+    return torch.cat(found).reshape(n, g)
 
 
 def _search_blocks(x_RB: Tensor, importance_RB: Tensor, start_R: Tensor, scheme: Scheme) -> Tensor:
     low, high = scheme.limits[0] - scheme.midpoint, scheme.limits[1] - scheme.midpoint
     extreme = x_RB.gather(1, x_RB.abs().argmax(1, keepdim=True)).squeeze(1)
-    best = start_R
-    best_error = _error(x_RB, importance_RB, best, low, high)[0]
+    best, best_error = start_R, _error(x_RB, importance_RB, start_R, low, high)
     bounds = (high,) if scheme.dynamic else (low, high)
-    for scale in (extreme * clip / bound for bound in bounds for clip in CLIPS.tolist()):
-        scale = torch.where(scale == 0, 1.0, scale).abs() if scheme.dynamic else torch.where(scale == 0, 1.0, scale)
-        error, codes = _error(x_RB, importance_RB, scale, low, high)
-        for candidate, its_error in ((scale, error), _refit(x_RB, importance_RB, codes, low, high)):
-            better = its_error < best_error
-            best, best_error = torch.where(better, candidate, best), torch.where(better, its_error, best_error)
-    return best
+    for scale in (extreme * (clip / bound) for bound in bounds for clip in CLIPS):
+        best, best_error = _better(x_RB, importance_RB, scale, best, best_error, low, high)
+    for _ in range(NUM_REFITS):
+        codes = torch.round(x_RB / best[:, None]).clamp_(low, high)
+        weighted = importance_RB * codes
+        scale = (weighted * x_RB).sum(1) / (weighted * codes).sum(1)  # least squares
+        best, best_error = _better(x_RB, importance_RB, scale, best, best_error, low, high)
+    return best.abs() if scheme.dynamic else best
 
 
-def _refit(x_RB: Tensor, importance_RB: Tensor, codes_RB: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
-    """The scale that fits `codes_RB` best by least squares, and its error (with codes rounded anew)."""
-    weighted = importance_RB * codes_RB
-    scale = (weighted * x_RB).sum(1) / (weighted * codes_RB).sum(1)
-    scale = torch.where(torch.isfinite(scale) & (scale != 0), scale, 1.0)
-    return scale, _error(x_RB, importance_RB, scale, low, high)[0]
+def _better(
+    x_RB: Tensor, importance_RB: Tensor, scale_R: Tensor, best_R: Tensor, error_R: Tensor, low: int, high: int
+) -> tuple[Tensor, Tensor]:
+    scale_R = scale_R.where(scale_R.isfinite() & (scale_R != 0), best_R)
+    own_R = _error(x_RB, importance_RB, scale_R, low, high)
+    return scale_R.where(own_R < error_R, best_R), torch.minimum(own_R, error_R)
 
 
-def _error(x_RB: Tensor, importance_RB: Tensor, scale_R: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
-    codes = torch.round(x_RB / scale_R[:, None]).clamp_(low, high)
-    return (importance_RB * (codes * scale_R[:, None] - x_RB).square_()).sum(1), codes
+def _error(x_RB: Tensor, importance_RB: Tensor, scale_R: Tensor, low: int, high: int) -> Tensor:
+    rounded = torch.round(x_RB / scale_R[:, None]).clamp_(low, high).mul_(scale_R[:, None])
+    return rounded.sub_(x_RB).square_().mul_(importance_RB).sum(1)
 
 
-def output_error(weight_NK: Tensor, qtensor: QTensor, moment_KK: Tensor) -> float:
-    """tr(E H Eᵀ) / tr(W H Wᵀ): the output's mean square error relative to the output's mean square."""
+def output_error(weight_NK: Tensor, qtensor: QTensor, moment_KK: Tensor | None) -> float:
+    """tr(E H Eᵀ) / tr(W H Wᵀ): the output's mean square error relative to the output's mean square.
+
+    Without a moment, the weight's own: H = 1.
+    """
     error = weight_NK - qtensor.dequantize()
+    if moment_KK is None:
+        return (error.square().sum() / weight_NK.square().sum()).item()
     return (((error @ moment_KK) * error).sum() / ((weight_NK @ moment_KK) * weight_NK).sum()).item()
 
 
@@ -73,27 +81,24 @@ def gptq(weight_NK: Tensor, scheme: Scheme, moment_KK: Tensor, damping: float = 
     """
     k = weight_NK.shape[1]
     block = scheme.block_size or k
-    upper = _inverse_factor(moment_KK, damping)
-    open_NK = weight_NK.float().clone()
-    importance_K = upper.diagonal() ** -2
-    parts: list[QTensor] = []
-    scale = search_scales(weight_NK, scheme, moment_KK.diagonal()) if scheme.dynamic else None
+    upper_KK = _inverse_factor(moment_KK, damping)
+    importance_K = upper_KK.diagonal() ** -2
+    low, high = scheme.limits[0] - scheme.midpoint, scheme.limits[1] - scheme.midpoint
+    open_KN = weight_NK.float().T.contiguous()
+    codes_KN, scales = torch.empty_like(open_KN), []
     for start in range(0, k, block):
         stop = min(start + block, k)
-        if not scheme.dynamic:
-            scale = search_scales(open_NK[:, start:stop], scheme, importance_K[start:stop])
-        assert scale is not None
-        errors_NB = torch.empty(len(open_NK), stop - start)
-        codes = torch.empty(len(open_NK), stop - start, dtype=torch.int8 if scheme.dynamic else torch.uint8)
+        scale_N = search_scales(open_KN[start:stop].T, scheme, importance_K[start:stop])[:, 0]
+        errors_BN = open_KN[start:stop]  # its rows turn from open weights into errors, one after another
         for j in range(start, stop):
-            column = quantize(open_NK[:, j : j + 1], scheme, scale)
-            codes[:, j - start] = column.codes[:, 0]
-            error_N = (open_NK[:, j] - column.dequantize()[:, 0]) / upper[j, j]
-            errors_NB[:, j - start] = error_N
-            open_NK[:, j:stop] -= error_N[:, None] * upper[j, j:stop]
-        open_NK[:, stop:] -= errors_NB @ upper[start:stop, stop:]
-        parts.append(QTensor(codes, scale, None, scheme))
-    return QTensor(torch.cat([p.codes for p in parts], 1), torch.cat([p.scale for p in parts], 1), None, scheme)
+            row_N = errors_BN[j - start]
+            codes_KN[j] = torch.round(row_N / scale_N).clamp_(low, high)
+            row_N.sub_(codes_KN[j] * scale_N).div_(upper_KK[j, j])
+            errors_BN[j - start + 1 :].addr_(upper_KK[j, j + 1 : stop], row_N, alpha=-1)
+        open_KN[stop:].addmm_(upper_KK[start:stop, stop:].T, errors_BN, alpha=-1)
+        scales.append(scale_N)
+    codes_NK = (codes_KN.T + scheme.midpoint).to(torch.int8 if scheme.dynamic else torch.uint8).contiguous()
+    return QTensor(codes_NK, torch.stack(scales, 1), None, scheme)
 
 
 def _inverse_factor(moment_KK: Tensor, damping: float) -> Tensor:
@@ -101,4 +106,5 @@ def _inverse_factor(moment_KK: Tensor, damping: float) -> Tensor:
     diagonal = moment_KK.diagonal()
     damped = moment_KK.double() + torch.eye(len(moment_KK)) * (damping * diagonal.mean().clamp(min=1e-12))
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    return torch.linalg.cholesky(inverse, upper=True).float()
+    upper: Tensor = torch.linalg.cholesky(inverse, upper=True)
+    return upper.float()

@@ -125,7 +125,8 @@ def load_quantized_model(folder: Path, *, accuracy_level: int = 0) -> PreTrained
             names = ", ".join(map(str, sorted(report[kind])[:3]))
             raise CompressError(str(folder), f"the weights do not fit config.json: {kind} {names}", "is it complete?")
     assert isinstance(model, transformers.PreTrainedModel)
-    replace_modules(model.eval(), quantised, accuracy_level)
+    model.train(False)
+    replace_modules(model, quantised, accuracy_level)
     return model
 
 

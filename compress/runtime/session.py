@@ -21,7 +21,7 @@ from compress.errors import CompressError
 SHARED_CACHE = "compress.past_present_share_buffer"
 """Key of the ONNX model's metadata that says that past and present may be one buffer."""
 LOGITS_TO_KEEP = "logits_to_keep"
-"""Optional input: the logits of how many last positions to compute; 0 is all of them."""
+"""Optional input of our fused decoders: the logits of how many last tokens to compute; 0 is all, left out is 1."""
 _PAST = re.compile(r"^past.*\.(\d+)\.(key|value)$")
 
 Ints = NDArray[np.int64]

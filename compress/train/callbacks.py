@@ -14,6 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from compress.errors import StageFailed
 from compress.stage import Progress
 from compress.train.checkpoints import newest_complete
+from compress.train.distributed import num_processes
 
 _WINDOW = 8
 _WORSE = 5.0
@@ -70,7 +71,7 @@ class DivergenceGuard(TrainerCallback):
                 self._stop(state, name, logs[name])
 
     def _stop(self, state: TrainerState, name: str, value: float) -> None:
-        kept = newest_complete(self._work, max(1, state.num_processes if hasattr(state, "num_processes") else 1))
+        kept = newest_complete(self._work, num_processes())
         raise StageFailed(
             f"step {state.global_step} of {state.max_steps}",
             f"training diverged: {name} is {value:.4g}",

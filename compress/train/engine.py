@@ -129,7 +129,6 @@ def training_arguments(options: TrainingOptions, work: Path, seed: int, use_cach
         label_names=["labels"],
         use_cache=use_cache,
         use_cpu=on_cpu,
-        ddp_find_unused_parameters=False,
         report_to="none",
         disable_tqdm=True,
         seed=seed,

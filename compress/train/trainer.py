@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import EvalPrediction, PreTrainedModel, Trainer, TrainingArguments
 
+from compress.errors import StageFailed
 from compress.train.losses import (
     IGNORED,
     HiddenDistance,
@@ -104,7 +105,7 @@ class RecoveryTrainer(Trainer):
     ) -> torch.optim.lr_scheduler.LRScheduler:
         """Trainer's schedule one step on: its own first step has the learning rate 0, which a short training feels."""
         schedule: Any = super().create_scheduler(num_training_steps + 1, optimizer)
-        (factor,) = schedule.lr_lambdas
+        factor = schedule.lr_lambdas[0]
         self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(schedule.optimizer, lambda step: factor(step + 1))
         return self.lr_scheduler
 
@@ -164,7 +165,12 @@ class RecoveryTrainer(Trainer):
 
 
 def token_logits(output: Any, labels_BT: Tensor) -> Tensor:
-    """(B·T, V) logits. A classifier's (B, V) count at every token of their sequence."""
+    """(B·T, V) logits. A classifier's (B, V) count at every token of their sequence.
+
+    Raises StageFailed where the model has no head.
+    """
+    if "logits" not in output:
+        raise StageFailed("loss", "this model has no logits", "use loss: {kl: 0, hidden: 1}, or name its head")
     logits: Tensor = output.logits
     if logits.dim() == 2:
         logits = logits[:, None].expand(-1, labels_BT.shape[1], -1)

@@ -10,18 +10,23 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from compress.errors import StageFailed
 from compress.exports.onnx.blocks import Blocks
 from compress.exports.onnx.weights import Model
 
 
 @dataclass(frozen=True)
 class FusedInputs:
-    """What `GroupQueryAttention` reads beside q, k, v: last key's index `(B,)`, S, and the rotary tables."""
+    """What `GroupQueryAttention` reads beside q, k, v: last key's index `(B,)` and S, both int32, and the rotary tables.
+
+    lanes_D: the order of a head's lanes that the tables are made for, where it is not the model's.
+    """
 
     last_B: str
     total: str
     cos: str = ""
     sin: str = ""
+    lanes_D: NDArray[np.int64] | None = None
 
 
 @dataclass(frozen=True)
@@ -48,10 +53,12 @@ def scale(model: Model, layer: int) -> float:
     return value / (layer + 1) if model.config.get("scale_attn_by_inverse_layer_idx") else value
 
 
-def project(blocks: Blocks, x: str, layer: int, *, packed: bool) -> tuple[str, ...]:
+def project(
+    blocks: Blocks, x: str, layer: int, *, packed: bool, lanes_D: NDArray[np.int64] | None = None
+) -> tuple[str, ...]:
     """(q, k, v), each `(B, T, heads·D)`; or (qkv,) `(B, T, (H + 2G)·D)` where one operator can do it and may.
 
-    Norms of q and k per head are applied, which keeps them apart.
+    Norms of q and k per head are applied, which keeps them apart. lanes_D: another order of each head's q and k.
     """
     model, anatomy = blocks.model, blocks.model.shape.family.attention
     paths = [model.layer(layer, f"{anatomy.path}.{leaf}") for leaf in (anatomy.q, anatomy.k, anatomy.v) if leaf]
@@ -62,12 +69,15 @@ def project(blocks: Blocks, x: str, layer: int, *, packed: bool) -> tuple[str, .
     shape, graph = model.shape, blocks.graph
     if anatomy.qkv or (not has_norms and blocks.can_stack(*paths)):
         path = model.layer(layer, f"{anatomy.path}.{anatomy.qkv or 'qkv_proj'}")
-        rows = _stacked_rows(shape.num_attention_heads, shape.head_dim) if anatomy.qkv_layout == "per_head" else None
+        rows = _rows(model, lanes_D)
         qkv = blocks.linear(x, *(paths or [path]), name=path, rows=rows)
         if packed:
             return (qkv,)
         q_width, kv_width = shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
         return graph.ops("Split", [qkv, graph.ints(q_width, kv_width, kv_width)], 3, attributes={"axis": -1})
+    if lanes_D is not None:
+        what = "GroupQueryAttention can't rotate heads of this width where q and k stand apart"
+        raise StageFailed("export-onnx.fused", what, "set fused: false")
     q, k, v = (blocks.linear(x, path) for path in paths)
     if has_norms:
         q, k = _norm_heads(blocks, q, q_norm), _norm_heads(blocks, k, k_norm)
@@ -77,7 +87,7 @@ def project(blocks: Blocks, x: str, layer: int, *, packed: bool) -> tuple[str, .
 def fused_attention(blocks: Blocks, x: str, layer: int, inputs: FusedInputs) -> tuple[str, str, str]:
     """(attention `(B, T, H·D)`, keys, values `(B, G, S, D)`) by `GroupQueryAttention`."""
     shape = blocks.model.shape
-    q, k, v = (*project(blocks, x, layer, packed=True), "", "")[:3]
+    q, k, v = (*project(blocks, x, layer, packed=True, lanes_D=inputs.lanes_D), "", "")[:3]
     attributes = {
         "num_heads": shape.num_attention_heads, "kv_num_heads": shape.num_key_value_heads,
         "scale": scale(blocks.model, layer), "do_rotary": int(bool(inputs.cos)), "rotary_interleaved": 0,
@@ -124,9 +134,18 @@ def split_heads(blocks: Blocks, x: str, num_heads: int) -> str:
     return graph.op("Transpose", shaped, perm=(0, 2, 1, 3))
 
 
-def _stacked_rows(num_heads: int, head_dim: int) -> NDArray[np.int64]:
-    """Which row of [q_h; k_h; v_h], head by head, is each row of [q; k; v]."""
-    return np.arange(num_heads * 3 * head_dim).reshape(num_heads, 3, head_dim).transpose(1, 0, 2).reshape(-1)
+def _rows(model: Model, lanes_D: NDArray[np.int64] | None) -> NDArray[np.int64] | None:
+    """Which stored row is each row of [q; k; v], with the lanes of each head of q and k in the order `lanes_D`."""
+    shape = model.shape
+    num_heads, num_kv, head_dim = shape.num_attention_heads, shape.num_key_value_heads, shape.head_dim
+    rows_XD = np.arange((num_heads + 2 * num_kv) * head_dim).reshape(-1, head_dim)
+    if shape.family.attention.qkv_layout == "per_head":
+        rows_XD = rows_XD.reshape(num_heads, 3, head_dim).transpose(1, 0, 2).reshape(-1, head_dim)
+    elif lanes_D is None:
+        return None
+    if lanes_D is not None:
+        rows_XD[: num_heads + num_kv] = rows_XD[: num_heads + num_kv, lanes_D]
+    return rows_XD.reshape(-1)
 
 
 def _norm_heads(blocks: Blocks, x: str, path: str) -> str:

@@ -5,6 +5,7 @@ A `Blocks` with `fused` uses ONNX Runtime's own operators, one without it standa
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compress.errors import StageFailed
-from compress.exports.onnx.graph import Graph
+from compress.exports.onnx.graph import MICROSOFT, Graph
 from compress.exports.onnx.weights import Model, array, stack_rows, stackable
 from compress.quant.qtensor import QTensor
 
@@ -79,6 +80,8 @@ class Blocks:
         if not isinstance(weight, QTensor):
             return self.graph.op("Gather", self.graph.weight(f"{path}.weight", array(weight)), ids, axis=0)
         self.store(path, weight)
+        if not self.fused:
+            return self.graph.op("Gather", self._dequantised(path, weight), ids, axis=0)
         bits, block_size = weight.scheme.bits, weight.scheme.block_size
         num_rows = weight.shape[0]
         flat = self.graph.op("Reshape", f"{path}.weight.codes", self.graph.ints(num_rows, -1))
@@ -101,17 +104,17 @@ class Blocks:
 
     def skip_norm(self, stream: Stream, path: str) -> tuple[str, Stream]:
         """The norm at `path` of the stream, and the stream with its addend added."""
-        if not stream.addend:
-            return self.norm(stream.value, path), stream
-        if not self.fused:
-            total = self.graph.op("Add", stream.value, stream.addend)
-            return self.norm(total, path), Stream(total)
-        kind = "SkipLayerNormalization" if self.model.shape.family.norm == "layer" else "SkipSimplifiedLayerNormalization"
-        inputs = [stream.value, stream.addend, *filter(None, self._norm_weights(path))]
-        normed, _, _, total = self.graph.ops(
-            kind, inputs, (True, False, False, True), domain="com.microsoft", attributes={"epsilon": self.epsilon}
-        )
-        return normed, Stream(total)
+        if stream.addend and self.fused:
+            normed, total = self._fused_skip_norm(stream, path, (True, False, False, True))
+            return normed, Stream(total)
+        total = self.graph.op("Add", stream.value, stream.addend) if stream.addend else stream.value
+        return self.norm(total, path), Stream(total)
+
+    def last_norm(self, stream: Stream, path: str) -> str:
+        """The norm at `path` of the stream, which nobody reads any more."""
+        if stream.addend and self.fused:
+            return self._fused_skip_norm(stream, path, (True,))[0]
+        return self.skip_norm(stream, path)[0]
 
     @property
     def epsilon(self) -> float:
@@ -149,7 +152,9 @@ class Blocks:
         if weight.scheme.dynamic:
             return self._dynamic(x, codes, scales, bias)
         if not self.fused:
-            raise StageFailed("export-onnx.fused", "block-wise weights have no standard operator", "set fused: true")
+            transposed = self.graph.op("Transpose", self._dequantised(name, weight), perm=(1, 0))
+            product = self.graph.op("MatMul", x, transposed)
+            return self.graph.op("Add", product, bias) if bias else product
         n, k = weight.shape
         zeros = f"{name}.weight.zero_points" if weight.zero_point is not None else ""
         options = {"K": k, "N": n, "bits": weight.scheme.bits, "block_size": weight.scheme.block_size}
@@ -157,6 +162,21 @@ class Blocks:
         while not inputs[-1]:
             inputs.pop()
         return self.graph.fused("MatMulNBits", *inputs, **options, accuracy_level=ACCURACY_LEVEL)
+
+    def _dequantised(self, name: str, weight: QTensor) -> str:
+        """8-bit block-wise codes as floats `(N, K)` by standard operators. Raises StageFailed for other codes."""
+        (n, k), scheme, graph = weight.shape, weight.scheme, self.graph
+        if scheme.bits != 8 or k % scheme.block_size:
+            what = f"{name}: {scheme.name} of {k} channels has no standard operator"
+            raise StageFailed("export-onnx.fused", what, "set fused: true")
+        codes = graph.op("Reshape", f"{name}.weight.codes", graph.ints(n, k))
+        if weight.zero_point is None:
+            shape = graph.ints(*weight.scale.shape)
+            zeros = graph.op("Expand", graph.scalar(scheme.midpoint, np.uint8), shape)
+        else:
+            zeros = f"{name}.weight.zero_points"
+        scales = f"{name}.weight.scales"
+        return graph.op("DequantizeLinear", codes, scales, zeros, axis=1, block_size=scheme.block_size)
 
     def _dynamic(self, x: str, codes: str, scales: str, bias: str) -> str:
         graph = self.graph
@@ -167,6 +187,13 @@ class Blocks:
         whole = graph.op("Cast", graph.op("MatMulInteger", x_codes, codes, x_zero), to=1)
         product = graph.op("Mul", whole, graph.op("Mul", x_scale, scales))
         return graph.op("Add", product, bias) if bias else product
+
+    def _fused_skip_norm(self, stream: Stream, path: str, wanted: Sequence[bool]) -> tuple[str, str]:
+        kind = "LayerNormalization" if self.model.shape.family.norm == "layer" else "SimplifiedLayerNormalization"
+        inputs = [stream.value, stream.addend, *filter(None, self._norm_weights(path))]
+        attributes = {"epsilon": self.epsilon}
+        outputs = self.graph.ops(f"Skip{kind}", inputs, wanted, domain=MICROSOFT, attributes=attributes)
+        return outputs[0], outputs[-1]
 
     def _norm_weights(self, path: str) -> tuple[str, str]:
         names = []

@@ -1,7 +1,8 @@
 """A causal decoder with a key/value cache as one ONNX graph, from its family's anatomy.
 
 Names are optimum's: `input_ids`, `attention_mask`, (`position_ids`,) `past_key_values.N.key|value` → `logits`,
-`present.N.key|value`. Shapes: B rows, T new tokens, P past tokens, S = P + T.
+`present.N.key|value`. A fused graph computes the logits of the last token of each row; feed `logits_to_keep` (Hugging
+Face's word, left out: 1) with 0 for those of all. Shapes: B rows, T new tokens, P past tokens, S = P + T.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import numpy as np
 from compress.exports.onnx.attention import FusedInputs, PlainInputs, fused_attention, plain_attention, window
 from compress.exports.onnx.blocks import Blocks, Stream
 from compress.exports.onnx.graph import Graph
+from compress.exports.onnx.rotary import padded_rotary
 from compress.runtime.session import LOGITS_TO_KEEP
 
 BATCH, NEW, PAST, TOTAL = "batch_size", "sequence_length", "past_sequence_length", "total_sequence_length"
@@ -32,12 +34,16 @@ def build_decoder(blocks: Blocks) -> None:
     if family.position_embedding:
         positions = _learned_positions(graph) if blocks.fused else "position_ids"
         stream = Stream(stream.value, blocks.embed(positions, model.prefix + family.position_embedding))
-    inputs = _fused_inputs(blocks) if blocks.fused else _plain_inputs(blocks)
+    last_B = _last_index(graph) if blocks.fused else ""
+    inputs = _fused_inputs(blocks, last_B) if blocks.fused else _plain_inputs(blocks)
     for layer in range(shape.num_hidden_layers):
         with graph.scope(f"layers.{layer}"):
             stream = _layer(blocks, stream, layer, inputs)
-    hidden, _ = blocks.skip_norm(stream, model.prefix + family.final_norm)
-    graph.output(_head(blocks, hidden), "logits", np.float32, [BATCH, NEW, shape.vocab_size])
+    hidden = blocks.last_norm(stream, model.prefix + family.final_norm)
+    if blocks.fused:
+        hidden = _kept(graph, hidden, last_B)
+    num_logits = 1 if blocks.fused else NEW  # onnxruntime-genai reads from the declared shape how many it gets
+    graph.output(_head(blocks, hidden), "logits", np.float32, [BATCH, num_logits, shape.vocab_size])
 
 
 def _layer(blocks: Blocks, stream: Stream, layer: int, inputs: FusedInputs | PlainInputs) -> Stream:
@@ -71,6 +77,22 @@ def mlp(blocks: Blocks, x: str, layer: int) -> str:
         return blocks.linear(hidden, model.layer(layer, anatomy.down))
 
 
+def _kept(graph: Graph, hidden_BTK: str, last_B: str) -> str:
+    """The last `logits_to_keep` tokens of each row, `(B, N, K)`: what is padded on its right does not count; 0: all T.
+
+    A row that is shorter than that begins with its first token.
+    """
+    keep, one = graph.default_input(LOGITS_TO_KEEP, np.array(1, np.int64)), graph.scalar(1, np.int64)
+    num_new = _size(graph, "input_ids", 1)
+    num_kept = graph.op("Where", graph.op("Equal", keep, graph.scalar(0, np.int64)), num_new, keep)
+    num_past = graph.op("Sub", _size(graph, "attention_mask", 1), num_new)
+    before = graph.op("Add", num_past, graph.op("Sub", num_kept, one))
+    first_B = graph.op("Max", graph.op("Sub", last_B, before), graph.scalar(0, np.int64))
+    steps_N = graph.op("Range", graph.scalar(0, np.int64), num_kept, one)
+    index_BN = graph.op("Add", graph.op("Unsqueeze", first_B, graph.ints(1)), steps_N)
+    return graph.op("GatherND", hidden_BTK, graph.op("Unsqueeze", index_BN, graph.ints(2)), batch_dims=1)
+
+
 def _head(blocks: Blocks, hidden: str) -> str:
     graph, family = blocks.graph, blocks.model.shape.family
     with graph.scope(family.lm_head):
@@ -79,14 +101,20 @@ def _head(blocks: Blocks, hidden: str) -> str:
         return blocks.tied(hidden, blocks.model.prefix + family.token_embedding)
 
 
-def _fused_inputs(blocks: Blocks) -> FusedInputs:
+def _fused_inputs(blocks: Blocks, last_B: str) -> FusedInputs:
     graph, rotary = blocks.graph, blocks.model.rotary
-    num_seen = graph.op("ReduceSum", "attention_mask", graph.ints(1), keepdims=0)
-    last = graph.op("Cast", graph.op("Sub", num_seen, graph.ints(1)), to=6)
+    last = graph.op("Cast", last_B, to=6)
     total = graph.op("Cast", _size(graph, "attention_mask", 1), to=6)
     if rotary is None:
         return FusedInputs(last, total)
-    return FusedInputs(last, total, graph.weight("cos_cache", rotary[0]), graph.weight("sin_cache", rotary[1]))
+    cos, sin, lanes_D = padded_rotary(*rotary, blocks.model.shape.head_dim)
+    return FusedInputs(last, total, graph.weight("cos_cache", cos), graph.weight("sin_cache", sin), lanes_D)
+
+
+def _last_index(graph: Graph) -> str:
+    """`(B,)` int64: where each row's last token stands among S, padding on the right left out."""
+    num_seen = graph.op("ReduceSum", "attention_mask", graph.ints(1), keepdims=0)
+    return graph.op("Sub", num_seen, graph.scalar(1, np.int64))
 
 
 def _learned_positions(graph: Graph) -> str:

@@ -7,12 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from compress.artifact import Artifact
 from compress.errors import StageFailed
+from compress.exports.onnx.rotary import rotary_tables
 from compress.exports.onnx.weights import Model
 from compress.models.load import auto_class, load_model
 from compress.models.parts import Parts
@@ -22,9 +21,6 @@ from compress.quant.store import KEY, read_quantized
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
-
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
-"""Rotary embeddings whose angles depend on the position alone, not on the length of the text."""
 
 
 def load(artifact: Artifact) -> tuple[PreTrainedModel, Model]:
@@ -41,7 +37,7 @@ def load(artifact: Artifact) -> tuple[PreTrainedModel, Model]:
     parts = Parts(model)
     _leave_out_tied_head(tensors, parts)
     plain_config = json.loads(json.dumps(model.config.to_dict(), default=str))
-    return model, Model(parts.shape, plain_config, tensors, parts.prefix, _rotary_tables(parts))
+    return model, Model(parts.shape, plain_config, tensors, parts.prefix, rotary_tables(parts))
 
 
 def _dequantised(config: Mapping[str, Any], tensors: Mapping[str, QTensor | Tensor], folder: Path) -> PreTrainedModel:
@@ -75,20 +71,3 @@ def _leave_out_tied_head(tensors: dict[str, QTensor | Tensor], parts: Parts) -> 
     table: Any = parts.backbone_module(parts.family.token_embedding)
     if parts.lm_head is not None and cast(Any, parts.lm_head).weight is table.weight:
         tensors.pop(f"{parts.family.lm_head}.weight", None)
-
-
-def _rotary_tables(parts: Parts) -> tuple[NDArray[np.float32], NDArray[np.float32]] | None:
-    """cos and sin `(max_position_embeddings, rotary_dim / 2)` by the model's own rotary module."""
-    if parts.family.position != "rotary":
-        return None
-    rope = getattr(parts.model.config, "rope_parameters", None) or {}
-    kind = rope.get("rope_type", "default")
-    if kind not in ROPE_TYPES:
-        what = f"rotary embeddings of type {kind!r} depend on the text's length, which a table can't"
-        raise StageFailed("export-onnx", what, f"supported: {', '.join(ROPE_TYPES)}")
-    rotary: Any = parts.backbone.get_submodule("rotary_emb")
-    positions = torch.arange(parts.shape.max_position_embeddings)[None]
-    with torch.inference_mode():
-        cos, sin = rotary(torch.zeros(1, dtype=torch.float32), positions)
-    half = cos.shape[-1] // 2
-    return cos[0, :, :half].contiguous().numpy(), sin[0, :, :half].contiguous().numpy()

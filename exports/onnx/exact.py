@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import onnx
-from onnx import NodeProto, helper
+from onnx import NodeProto, TensorProto, helper
 
 from compress.exports.onnx.graph import MODEL_FILE
 
@@ -30,20 +30,28 @@ def write_exact(folder: Path) -> bool:
 
 
 def _exact(node: NodeProto) -> list[NodeProto]:
+    """What computes the same without rounding. Weights are cast, as a `DequantizeLinear` would be fused again."""
+    twin = NodeProto()
+    twin.CopyFrom(node)
+    name, out = f"{node.name}/exact", list(node.output)
     if node.op_type == "MatMulNBits":
-        twin = NodeProto()
-        twin.CopyFrom(node)
         for attribute in twin.attribute:
             if attribute.name == "accuracy_level":
                 attribute.i = 0
         return [twin]
+    if node.op_type == "DynamicQuantizeLinear":  # the activations as they are, with a scale of 1
+        one = helper.make_node("Constant", [], [out[1]], f"{name}/one", value_float=1.0)
+        return [helper.make_node("Identity", [node.input[0]], [out[0]], f"{name}/same"), one]
+    if node.op_type == "MatMulInteger":
+        cast = helper.make_node("Cast", [node.input[1]], [f"{out[0]}.codes"], f"{name}/codes", to=TensorProto.FLOAT)
+        return [cast, helper.make_node("MatMul", [node.input[0], f"{out[0]}.codes"], out, f"{name}/product")]
     if node.op_type != "DynamicQuantizeMatMul":
         return [node]
     x, codes, scales, _, bias = (*node.input, "", "")[:5]
-    (out,) = node.output
-    weight, product = f"{out}.weight", f"{out}.product" if bias else out
+    floats, weight, product = f"{out[0]}.codes", f"{out[0]}.weight", f"{out[0]}.product" if bias else out[0]
     twins = [
-        helper.make_node("DequantizeLinear", [codes, scales], [weight], f"{node.name}/exact/weight", axis=1),
-        helper.make_node("MatMul", [x, weight], [product], f"{node.name}/exact/product"),
+        helper.make_node("Cast", [codes], [floats], f"{name}/codes", to=TensorProto.FLOAT),
+        helper.make_node("Mul", [floats, scales], [weight], f"{name}/weight"),
+        helper.make_node("MatMul", [x, weight], [product], f"{name}/product"),
     ]
-    return [*twins, helper.make_node("Add", [product, bias], [out], f"{node.name}/exact/bias")] if bias else twins
+    return [*twins, helper.make_node("Add", [product, bias], out, f"{name}/bias")] if bias else twins

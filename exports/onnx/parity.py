@@ -1,125 +1,198 @@
-"""Does ONNX Runtime compute what torch computes? Logits and greedy tokens on real text at identical call shapes.
+"""Does ONNX Runtime compute what torch computes? Outputs and greedy tokens on real text at identical call shapes.
 
 Shapes: T prompt tokens, N tokens generated after it, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from compress.artifact import write_json
+from compress.errors import StageFailed
+from compress.exports.onnx.encoder import Pooling
+from compress.exports.onnx.exact import EXACT_FILE, write_exact
+from compress.exports.onnx.tasks import dummy_inputs
 from compress.runtime.session import OnnxModel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-NUM_GREEDY = 64
+NUM_GREEDY = 32
+"""Tokens generated after each prompt: 64 together."""
 MAX_PROMPT = 192
-_TOPICS = ("assignment", "exceptions")
-"""Pages of the interpreter's own documentation: real text that is always at hand."""
-_SHARES = (1.0, 0.1)
-"""How much of `MAX_PROMPT` each page fills: a long prompt and a short one."""
+ROUNDING_LIMIT = 0.25
+"""How far rounded activations may move the outputs: root mean square over torch's standard deviation."""
+_PAGES = {"assignment": 1.0, "exceptions": 0.1}
+"""Pages of the interpreter's own documentation, real text that is always at hand, and their share of `MAX_PROMPT`."""
+
+Arrays = Mapping[str, NDArray[Any]]
 
 
 @dataclass(frozen=True)
-class Reference:
-    """What torch gives for one prompt, `(1, T)`: its logits `(T, V)`, and N greedy tokens with the logits after each."""
+class Expected:
+    """What torch gives for one prompt `(1, T)`: its outputs by name, `logits` `(1, T, V)` among a decoder's.
+
+    A decoder also has N greedy tokens and the logits `(N, V)` that each was chosen from.
+    """
 
     prompt: NDArray[np.int64]
-    whole_TV: NDArray[np.float32]
-    tokens_N: NDArray[np.int64]
-    stepwise_NV: NDArray[np.float32]
+    outputs: Arrays
+    tokens_N: NDArray[np.int64] | None = None
+    stepwise_NV: NDArray[np.float32] | None = None
+
+
+@dataclass(frozen=True)
+class Expectations:
+    """torch's side of the comparison, and optimum's dummy inputs, which the graph must take."""
+
+    prompts: tuple[Expected, ...]
+    dummy: Arrays
 
 
 @dataclass(frozen=True)
 class Parity:
-    """Largest differences of logits: whole prompts, single steps, and ONNX Runtime's own whole against its own steps.
+    """Largest differences of outputs: whole prompts, single steps, and ONNX Runtime's own whole against its own steps.
 
-    relative_rms: the steps' root mean square difference over the standard deviation of torch's logits. mismatches:
-    greedy tokens that differ though torch's two best logits lie further apart than twice the tolerance.
+    relative_rms: root mean square difference over the standard deviation of torch's outputs. mismatches: greedy tokens
+    that differ though torch's two best logits lie further apart than twice the tolerance.
     """
 
-    whole_error: float
-    step_error: float
-    own_step_error: float
-    relative_rms: float
-    mismatches: int
-    num_tokens: int
-    top1_agreement: float
+    whole_error: float = 0.0
+    step_error: float = 0.0
+    own_step_error: float = 0.0
+    relative_rms: float = 0.0
+    mismatches: int = 0
+    num_tokens: int = 0
 
     @property
     def max_error(self) -> float:
         """The larger of the two errors against torch."""
         return max(self.whole_error, self.step_error)
 
+    def worst(self, other: Parity) -> Parity:
+        """Both comparisons as one."""
+        return Parity(
+            max(self.whole_error, other.whole_error), max(self.step_error, other.step_error),
+            max(self.own_step_error, other.own_step_error), max(self.relative_rms, other.relative_rms),
+            self.mismatches + other.mismatches, self.num_tokens + other.num_tokens,
+        )  # fmt: skip
 
-def prompts(tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[NDArray[np.int64]]:
-    """Fixed prompts `(1, T)` that leave room for the greedy tokens within `max_length`."""
+
+def expectations(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: str, pooling: Pooling | None
+) -> Expectations:
+    """Run torch over the fixed prompts."""
     import pydoc_data.topics
 
-    room = min(MAX_PROMPT, max_length - NUM_GREEDY)
-    texts = [pydoc_data.topics.topics[name] for name in _TOPICS]
-    ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-    cut = [one[: max(2, int(room * share))] for one, share in zip(ids, _SHARES, strict=True)]
-    return [np.asarray(one, np.int64)[None] for one in cut]
+    is_decoder = task.endswith("-with-past")
+    room = min(MAX_PROMPT, model.config.max_position_embeddings - NUM_GREEDY)
+    expected = []
+    for page, share in _PAGES.items():
+        ids = tokenizer(pydoc_data.topics.topics[page], add_special_tokens=False)["input_ids"]
+        prompt = np.asarray(ids[: max(2, int(room * share))], np.int64)[None]
+        expected.append(_expect_decoder(model, prompt) if is_decoder else _expect_encoder(model, prompt, pooling))
+    return Expectations(tuple(expected), dummy_inputs(model, task))
 
 
-def torch_reference(model: PreTrainedModel, prompt: NDArray[np.int64]) -> Reference:
-    """torch's logits and greedy tokens after `prompt` `(1, T)`, with its own cache."""
+def verify(folder: Path, expected: Expectations, tolerance: float, threads: int) -> Parity:
+    """Compare the folder with torch and write `parity.json`.
+
+    Where activations are rounded, the tolerance is for the same graph without rounding; the graph that is shipped may
+    differ by `ROUNDING_LIMIT`, and what it does is reported. Raises StageFailed beyond either.
+    """
+    rounds = write_exact(folder)
+    exact = _compare(OnnxModel(folder, threads=threads, file=EXACT_FILE if rounds else ""), expected, tolerance)
+    (folder / EXACT_FILE).unlink(missing_ok=True)
+    shipped = _compare(OnnxModel(folder, threads=threads), expected, tolerance) if rounds else exact
+    record = {"tolerance": tolerance, "exact": asdict(exact), "rounding_limit": ROUNDING_LIMIT}
+    write_json(folder / "parity.json", {**record, "rounded": asdict(shipped) if rounds else None})
+    if not exact.max_error <= tolerance:
+        what = f"ONNX Runtime differs from torch by {exact.max_error:.2g}, beyond parity_tolerance {tolerance:g}"
+        raise StageFailed("export-onnx", what, "see parity.json")
+    if exact.mismatches:
+        what = f"{exact.mismatches} of {exact.num_tokens} greedy tokens differ from torch's"
+        raise StageFailed("export-onnx", what, "see parity.json")
+    if not shipped.relative_rms <= ROUNDING_LIMIT:
+        what = f"rounded activations move the outputs by {shipped.relative_rms:.2g} of their spread (≤ {ROUNDING_LIMIT:g})"
+        raise StageFailed("export-onnx", what, "leave the worst layers out of the quantize stage, or use int4")
+    return exact
+
+
+def _expect_decoder(model: PreTrainedModel, prompt: NDArray[np.int64]) -> Expected:
+    """torch's logits and greedy tokens, with its own cache."""
     import torch
 
     run: Any = model
     with torch.inference_mode():
         output = run(input_ids=torch.from_numpy(prompt), use_cache=True)
-        whole, tokens, stepwise = output.logits[0].numpy(), [], [output.logits[0, -1].numpy()]
+        outputs = {"logits": output.logits.numpy()}
+        tokens, stepwise = [], [output.logits[0, -1].numpy()]
         while len(tokens) < NUM_GREEDY:
             tokens.append(int(stepwise[-1].argmax()))
             output = run(input_ids=torch.tensor([tokens[-1:]]), past_key_values=output.past_key_values, use_cache=True)
             stepwise.append(output.logits[0, -1].numpy())
-    return Reference(prompt, whole, np.array(tokens), np.stack(stepwise[:-1]))
+    return Expected(prompt, outputs, np.array(tokens), np.stack(stepwise[:-1]))
 
 
-def compare_decoder(onnx: OnnxModel, references: Sequence[Reference], tolerance: float) -> Parity:
-    """ONNX Runtime against torch, each step fed with torch's token, so that one flip does not hide what follows."""
-    whole_error = step_error = own_error = rms = 0.0
-    mismatches = agreed = 0
-    for reference in references:
-        whole_TV, _ = onnx.forward(reference.prompt)
-        whole_error = max(whole_error, _difference(whole_TV[0], reference.whole_TV))
-        decoder = onnx.decoder(reference.prompt.shape[1] + len(reference.tokens_N))
-        rows = [decoder.prefill(reference.prompt)[0]]
-        rows += [decoder.step(token)[0] for token in reference.tokens_N[:-1]]
-        steps_NV = np.stack(rows)
-        step_error = max(step_error, _difference(steps_NV, reference.stepwise_NV))
-        rms = max(rms, float(np.std(steps_NV - reference.stepwise_NV) / np.std(reference.stepwise_NV)))
-        own_error = max(own_error, _own_difference(onnx, reference, steps_NV))
-        differs = steps_NV.argmax(-1) != reference.tokens_N
-        best_N2 = np.sort(reference.stepwise_NV, axis=-1)[:, -2:]
-        mismatches += int((differs & (best_N2[:, 1] - best_N2[:, 0] > 2 * tolerance)).sum())
-        agreed += int((~differs).sum())
-    total = sum(len(reference.tokens_N) for reference in references)
-    return Parity(whole_error, step_error, own_error, rms, mismatches, total, agreed / total)
+def _expect_encoder(model: PreTrainedModel, prompt: NDArray[np.int64], pooling: Pooling | None) -> Expected:
+    import torch
+
+    run: Any = model
+    with torch.inference_mode():
+        outputs = {name: value.numpy() for name, value in run(input_ids=torch.from_numpy(prompt)).items()}
+    if pooling:
+        hidden = outputs["last_hidden_state"]
+        sentence = hidden.mean(1) if pooling.mode == "mean" else hidden[:, 0]
+        if pooling.normalize:
+            sentence = sentence / np.linalg.norm(sentence, axis=1, keepdims=True)
+        outputs["sentence_embedding"] = sentence
+    return Expected(prompt, outputs)
 
 
-def compare_encoder(onnx: OnnxModel, expected: Sequence[tuple[NDArray[np.int64], Mapping[str, Any]]]) -> float:
-    """The largest difference of any output; `expected` are input ids `(1, T)` with torch's outputs by name."""
-    errors = [0.0]
-    for input_ids, outputs in expected:
-        actual = onnx.encode(input_ids)
-        errors += [_difference(actual[name], value) for name, value in outputs.items()]
-    return max(errors)
+def _compare(onnx: OnnxModel, expected: Expectations, tolerance: float) -> Parity:
+    onnx.run({name: expected.dummy[name] for name in onnx.inputs})
+    parity = Parity()
+    for one in expected.prompts:
+        compared = _compare_decoder(onnx, one, tolerance) if onnx.is_decoder else _compare_encoder(onnx, one)
+        parity = parity.worst(compared)
+    return parity
 
 
-def _own_difference(onnx: OnnxModel, reference: Reference, steps_NV: NDArray[Any]) -> float:
-    """Prompt and generated tokens in one call, against the steps."""
-    tokens = np.concatenate([reference.prompt[0], reference.tokens_N[:-1]])[None]
-    whole_TV = onnx.forward(tokens)[0][0]
-    return _difference(whole_TV[-len(steps_NV) :], steps_NV)
+def _compare_encoder(onnx: OnnxModel, expected: Expected) -> Parity:
+    actual = onnx.encode(expected.prompt)
+    pairs = [(actual[name], expected.outputs[name]) for name in onnx.outputs]
+    return Parity(
+        whole_error=max(_difference(*pair) for pair in pairs), relative_rms=max(_relative_rms(*pair) for pair in pairs)
+    )
+
+
+def _compare_decoder(onnx: OnnxModel, expected: Expected, tolerance: float) -> Parity:
+    """Each step is fed with torch's token, so that one flip does not hide what follows."""
+    assert expected.tokens_N is not None and expected.stepwise_NV is not None
+    tokens_N, logits_NV = expected.tokens_N, expected.stepwise_NV
+    whole, _ = onnx.forward(expected.prompt)
+    decoder = onnx.decoder(expected.prompt.shape[1] + len(tokens_N))
+    rows = [decoder.prefill(expected.prompt)[0], *(decoder.step(token)[0] for token in tokens_N[:-1])]
+    steps_NV = np.stack(rows)
+    text = np.concatenate([expected.prompt[0], tokens_N[:-1]])[None]
+    own_NV = onnx.forward(text)[0][0, -len(steps_NV) :]
+    best_N2 = np.sort(logits_NV, axis=-1)[:, -2:]
+    differs = (steps_NV.argmax(-1) != tokens_N) & (best_N2[:, 1] - best_N2[:, 0] > 2 * tolerance)
+    return Parity(
+        _difference(whole, expected.outputs["logits"]), _difference(steps_NV, logits_NV), _difference(own_NV, steps_NV),
+        _relative_rms(steps_NV, logits_NV), int(differs.sum()), len(tokens_N),
+    )  # fmt: skip
 
 
 def _difference(actual: NDArray[Any], expected: NDArray[Any]) -> float:
-    return float(np.abs(actual.astype(np.float32) - expected).max())
+    return float(np.abs(actual - expected).max())
+
+
+def _relative_rms(actual: NDArray[Any], expected: NDArray[Any]) -> float:
+    return float(np.sqrt(np.mean(np.square(actual - expected))) / np.std(expected))

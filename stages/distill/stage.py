@@ -129,16 +129,11 @@ def train_student(job: Job, reporter: Reporter) -> tuple[PreTrainedModel, Outcom
 
     student = load_model(job.student)
     teacher = load_teacher(job.teacher, job.options.teacher_bits) if job.teacher else None
-    logits = job.options.loss.kl or job.options.loss.skew_kl or job.options.loss.ce
-    if logits and not student.get_output_embeddings() and not hasattr(student, "classifier"):
-        raise StageFailed("loss", f"{type(student).__name__} has no logits", "use loss: {kl: 0, hidden: 1}")
     layers: list[tuple[int, int]] = []
     if teacher is not None:
         num_student, num_teacher = len(Parts(student).layers), len(Parts(teacher).layers)
         layers = list(layer_map(num_student, num_teacher, dropped_layers(job.student)))
-    outcome = recover(
-        student, teacher, job.train_NT, job.eval_NT, job.options, layers, job.work, job.seed, reporter
-    )  # fmt: skip
+    outcome = recover(student, teacher, job.train_NT, job.eval_NT, job.options, layers, job.work, job.seed, reporter)
     return student, outcome
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
@@ -47,6 +47,7 @@ class PruneLayers(Stage):
     returns: ClassVar[Format] = "torch"
     data: ClassVar[frozenset[Literal["train", "eval"]]] = frozenset({"train"})
     seeded: ClassVar[bool] = True
+    example: ClassVar[Mapping[str, Any]] = {"drop": 1}
 
     keep: Layers | None = Field(None, description="layers to keep: a number, a share (0.8) or a list of indices from 0")
     drop: Layers | None = Field(None, description="layers to drop, in place of keep: a number, a share or a list")
@@ -151,18 +152,16 @@ class PruneLayers(Stage):
             return scores.Choice(scores.uniform(total, num_dropped))
         if self.by == "random":
             return scores.Choice(scores.at_random(total, num_dropped, context.seed))
-        batches = self._batches(context)
+        batches = scores.batches_of(self._blocks(context))
         rounds = num_dropped if self.by == "leave-one-out" else 1
         with context.reporter.progress("scoring layers", rounds * len(batches)) as advance:
             return scores.choose(self.by, parts, batches, num_dropped, advance)
 
-    def _batches(self, context: StageContext) -> Sequence[Tensor]:
-        """Token ids (B, T) of the calibration text, about a thousand at a time."""
+    def _blocks(self, context: StageContext) -> Tensor:
+        """The calibration text as token ids (N, sequence_length)."""
         import torch
 
         from compress.models.load import load_tokenizer
 
         tokenizer = load_tokenizer(context.input.path)
-        ids_NT = torch.from_numpy(context.data.blocks("train", tokenizer, self.sequence_length, self._budget))
-        num_rows = max(1, 1024 // self.sequence_length)
-        return [ids_NT[start : start + num_rows] for start in range(0, len(ids_NT), num_rows)]
+        return torch.from_numpy(context.data.blocks("train", tokenizer, self.sequence_length, self._budget))

@@ -27,7 +27,8 @@ def plot_scores(choice: Choice, num_layers: int, path: Path) -> None:
     if 0 < WIDE * min(first.values()) < max(first.values()):
         axes.set_yscale("log")
     dropped = ", ".join(map(str, choice.dropped))
-    axes.set_title(f"{len(choice.dropped)} of {num_layers} layers dropped: {dropped}", loc="left", fontsize=11, wrap=True)
+    title = f"{len(choice.dropped)} of {num_layers} layers dropped: {dropped}"
+    axes.set_title(title, loc="left", fontsize=11, wrap=True)
     axes.set_xlabel(f"layer  (scored on {choice.num_tokens:,} tokens)")
     axes.set_ylabel(choice.measure, fontsize=8)
     axes.set_xticks(range(0, num_layers, 1 + num_layers // 40))

@@ -54,6 +54,12 @@ def choose(by: Score, parts: Parts, batches: Sequence[Tensor], num_dropped: int,
     return Choice(dropped, "block influence, 1 − E cos(in, out)", [scores], num_tokens)
 
 
+def batches_of(ids_NT: Tensor, num_tokens: int = 1024) -> list[Tensor]:
+    """Blocks of text in batches (B, T) of about `num_tokens`: few enough that logits over a vocabulary fit."""
+    num_rows = max(1, num_tokens // ids_NT.shape[1])
+    return [ids_NT[start : start + num_rows] for start in range(0, len(ids_NT), num_rows)]
+
+
 def block_influence(parts: Parts, batches: Iterable[Tensor], advance: Progress) -> dict[int, float]:
     """BI_l = 1 − E cos(x_l, x_{l+1}) of each layer, over all tokens of `batches` of ids (B, T). ShortGPT."""
     total = torch.zeros(len(parts.layers), dtype=torch.float64)

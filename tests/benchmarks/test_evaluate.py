@@ -103,11 +103,11 @@ def test_a_model_against_itself(tmp_path: Path, source: Path) -> None:
 
 
 def test_the_source_itself_is_run_once(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from compress.benchmarks import scorers
+    from compress.benchmarks import judging
 
     opened = []
-    real = scorers.open_scorer
-    monkeypatch.setattr(scorers, "open_scorer", lambda *a, **k: opened.append(a) or real(*a, **k))
+    real = judging.open_scorer
+    monkeypatch.setattr(judging, "open_scorer", lambda *a, **k: opened.append(a) or real(*a, **k))
     metrics, _ = evaluate(tmp_path, source, source)
     assert len(opened) == 1
     assert metrics["result"]["kl"] == 0

@@ -85,6 +85,12 @@ def test_wrong_keys_and_types_are_refused(data: dict[str, Any]) -> None:
         DataConfig(**data)
 
 
+def test_the_schema_lets_editors_write_one_spec_or_a_list() -> None:
+    one, several = DataConfig.model_json_schema()["properties"]["train"]["anyOf"]
+    assert {"type": "string", "minLength": 1} in one["oneOf"]
+    assert several["items"] == one
+
+
 @pytest.mark.parametrize("module", ["compress.data.config", "compress.models.sources", "compress.data.text"])
 def test_importing_needs_no_torch(module: str) -> None:
     heavy = "{'torch', 'transformers', 'numpy', 'datasets', 'huggingface_hub'}"

@@ -19,9 +19,8 @@ def test_rows_without_a_label_are_dropped_and_the_rest_split_by_hash() -> None:
     assert len(train.texts) + len(test.texts) == 40
     assert all(int(hashlib.sha1(text.encode()).hexdigest(), 16) % 5 == 0 for text in test.texts)
     assert all(int(hashlib.sha1(text.encode()).hexdigest(), 16) % 5 != 0 for text in train.texts)
-    assert {text: int(label) for part in (train, test) for text, label in zip(part.texts, part.labels, strict=True)} == {
-        row["text"]: row["class"] for row in ROWS if row["class"] is not None
-    }
+    found = dict(zip(train.texts + test.texts, train.labels + test.labels, strict=True))
+    assert found == {row["text"]: str(row["class"]) for row in ROWS if row["class"] is not None}
 
 
 def test_jsonl_reads_the_same(tmp_path: Path) -> None:

@@ -66,7 +66,8 @@ def test_the_digest_follows_the_text_and_the_sequence_length(tmp_path: Path) -> 
     digests = set()
     for text, sequence_length in ((words("a"), 64), (words("b"), 64), (words("a"), 32)):
         file.write_text(text)
-        digests.add(TextData(DataConfig(train=str(file), eval="python-docs", sequence_length=sequence_length)).digest("train"))
+        config = DataConfig(train=str(file), eval="python-docs", sequence_length=sequence_length)
+        digests.add(TextData(config).digest("train"))
     assert len(digests) == 3
 
 
@@ -139,5 +140,5 @@ def test_a_wrong_path_in_a_package_lists_what_there_is() -> None:
 
 def test_a_tokenizer_that_does_not_fit_the_model_is_refused(tokenizer: Any) -> None:
     check_tokenizer(tokenizer, 512)
-    with pytest.raises(StageFailed, match="gives token 511 .* to a model of 500 embeddings"):
+    with pytest.raises(StageFailed, match=r"gives token 511 .* to a model of 500 embeddings"):
         check_tokenizer(tokenizer, 500)

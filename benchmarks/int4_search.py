@@ -1,0 +1,109 @@
+"""What searching scales is worth: one model in int4 by every `search`, judged against its float32 self.
+
+    python -m compress.benchmarks.int4_search MODEL_FOLDER --calibrate TEXT --judge TEXT [TEXT …]
+
+Texts are specs as under `data:` in a pipeline file; none is judged on what it was fitted to. Prints a table in
+Markdown: ratio of perplexity to the source's, KL to it (nats a token) with its standard error, top-1 agreement.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from compress.data.config import DataConfig
+from compress.data.text import TextData
+from compress.models.load import load_model, load_tokenizer
+from compress.models.parts import Parts
+from compress.quant.apply import Search, calibrate_model, round_model
+from compress.quant.modules import set_weight, weight_of
+from compress.quant.schemes import W4_BLOCK32, quantize
+from compress.quant.targets import all_targets
+
+SEARCHES: tuple[Search, ...] = ("none", "mse", "output", "gptq")
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Perplexity of the quantised model and of the source, KL between them with its standard error, agreement."""
+
+    perplexity: float
+    source_perplexity: float
+    kl: float
+    kl_se: float
+    top1_agreement: float
+
+    def __str__(self) -> str:
+        ratio = self.perplexity / self.source_perplexity
+        return f"×{ratio:.3f} | {self.kl:.4f} ± {self.kl_se:.4f} | {self.top1_agreement:.3f}"
+
+
+@torch.no_grad()
+def judge(source: nn.Module, model: nn.Module, blocks_NT: Tensor) -> Loss:
+    """Compare two causal models on blocks of token ids; the standard error is over blocks."""
+    figures = torch.zeros(len(blocks_NT), 4, dtype=torch.float64)
+    for row, ids_T in enumerate(blocks_NT):
+        teacher, student = (
+            cast(Any, each)(ids_T[None], use_cache=False).logits[0, :-1].log_softmax(-1) for each in (source, model)
+        )
+        next_T1 = ids_T[1:, None]
+        kl = (teacher.exp() * (teacher - student)).sum(-1)
+        agrees = (teacher.argmax(-1) == student.argmax(-1)).double()
+        nll, source_nll = -student.gather(-1, next_T1).mean(), -teacher.gather(-1, next_T1).mean()
+        figures[row] = torch.stack([nll, source_nll, kl.mean(), agrees.mean()])
+    nll, source_nll, mean_kl, agreement = figures.mean(0)
+    kl_se = figures[:, 2].std() / len(figures) ** 0.5
+    return Loss(nll.exp().item(), source_nll.exp().item(), mean_kl.item(), kl_se.item(), agreement.item())
+
+
+def quantised(folder: Path, how: str, calibration_BT: Tensor) -> nn.Module:
+    """The model in `folder` with every weight in int4 by `how`: a search, or `asymmetric` rounding to nearest."""
+    model = load_model(folder)
+    parts = Parts(model)
+    if how == "asymmetric":
+        for target in all_targets(parts, W4_BLOCK32):
+            set_weight(target.module, quantize(weight_of(target.module), W4_BLOCK32, symmetric=False).dequantize())
+    elif how in ("none", "mse"):
+        round_model(parts, W4_BLOCK32, cast(Search, how))
+    else:
+        calibrate_model(parts, W4_BLOCK32, cast(Search, how), calibration_BT)
+    return model
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path, help="a save_pretrained folder of a causal decoder")
+    parser.add_argument("--calibrate", required=True, help="text that output and gptq are fitted on")
+    parser.add_argument("--judge", nargs="+", required=True, help="other texts, each judged on its own")
+    parser.add_argument("--tokens", type=int, default=8192, help="tokens to fit on (8192)")
+    parser.add_argument("--judge-tokens", type=int, default=16384, help="tokens of each text to judge on (16384)")
+    parser.add_argument("--sequence-length", type=int, default=256, help="tokens of a block (256)")
+    given = parser.parse_args(arguments)
+    tokenizer = load_tokenizer(given.model)
+
+    def blocks(train: str, evaluate: str, split: Any, max_tokens: int) -> Tensor:
+        text = TextData(DataConfig(train=(train,), eval=None if evaluate == train else (evaluate,)))
+        return torch.from_numpy(text.blocks(split, tokenizer, given.sequence_length, max_tokens))
+
+    fitted_BT = blocks(given.calibrate, given.judge[0], "train", given.tokens)
+    texts = {text: blocks(given.calibrate, text, "eval", given.judge_tokens) for text in given.judge}
+    source = load_model(given.model)
+    print("| search | text | perplexity | KL to the source | agreement | seconds to quantise |")
+    print("|---|---|---|---|---|---|")
+    for how in ("asymmetric", *SEARCHES):
+        started = time.monotonic()
+        model = quantised(given.model, how, fitted_BT)
+        seconds = time.monotonic() - started
+        for name, blocks_NT in texts.items():
+            print(f"| {how} | {name} | {judge(source, model, blocks_NT)} | {seconds:.0f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

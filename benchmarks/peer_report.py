@@ -1,0 +1,117 @@
+"""The report of a comparison with a peer: verdict, speed, quality, and what the two graphs hold."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from compress.benchmarks import quality, report
+from compress.benchmarks.contest import Runtime
+from compress.benchmarks.evaluation import Evaluation
+from compress.benchmarks.quality import Estimate
+from compress.tables import Table, as_markdown
+
+RUNTIMES: tuple[Runtime, ...] = ("genai", "ort")
+Found = Mapping[Runtime, Mapping[str, Any]]
+_MOST = {"decode": 1.03, "size": 1.02, "perplexity": 1.0}  # the most that ours may be, as a share of the peer's
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Both folders judged against the source on the same blocks of one text, and ours against the peer's, paired."""
+
+    text: str
+    ours: Evaluation
+    peer: Evaluation
+
+    @property
+    def ratio(self) -> Estimate:
+        """Our perplexity divided by the peer's."""
+        difference_N = self.ours.sums["nll"] - self.peer.sums["nll"]
+        return quality.exponential(quality.cluster_mean(difference_N, self.ours.num_predictions_N))
+
+
+def page(
+    options: argparse.Namespace,
+    folders: Mapping[str, Path],
+    found: Found,
+    judged: Sequence[Quality],
+) -> str:
+    """The whole report in Markdown."""
+    any_found = found["genai"]
+    machine = any_found["environment"]
+    lines = [
+        f"# {options.source.name}, {options.precision}: our export and onnxruntime-genai's own build", "",
+        f"{datetime.date.today()}, commit {machine['commit'] or 'unknown'}, {machine['cpu']}, {machine['threads']} "
+        f"threads, onnxruntime-genai {version('onnxruntime-genai')}. Made with "
+        f"`python -m compress.benchmarks.peer_int4 {' '.join(sys.argv[1:])}`.", "",
+        "The peer is its model builder's output with default options"
+        + (", given as a folder" if options.peer else "") + ". Both ran with the same "
+        "`intra_op_num_threads`, written into both `genai_config.json`.", "",
+        "## Verdict", "", _verdict(found, judged), "",
+    ]  # fmt: skip
+    for runtime, title in (("genai", "through onnxruntime-genai"), ("ort", "through bare ONNX Runtime")):
+        lines += [f"## Speed {title}", "", as_markdown(report.table(found[runtime])), ""]
+    lines += [report.footnote(any_found), "", "## Quality", "", as_markdown(_quality_table(judged)), ""]
+    lines += ["± is the standard error over blocks of 256 tokens; ratios are paired block by block.", ""]
+    lines += ["## What the graphs hold", ""]
+    lines += [f"- {name}: {_graph_summary(folder / 'model.onnx')}" for name, folder in folders.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _verdict(found: Found, judged: Sequence[Quality]) -> str:
+    rows = []
+    for runtime in RUNTIMES:
+        for figure, seen in found[runtime]["ratios"]["peer"].items():
+            interval = f"[{seen['low']:.3f}, {seen['high']:.3f}]"
+            rows.append(_row(f"{figure}, {runtime}", seen["median"], interval, _MOST["decode"]))
+    ours, peer = (found["ort"]["subjects"][name]["size_mb"] for name in ("ours", "peer"))
+    rows.append(_row("MB on disk", ours / peer, "", _MOST["size"]))
+    rows += [
+        _row(f"perplexity, {one.text}", one.ratio.value, f"± {one.ratio.se:.3f}", _MOST["perplexity"]) for one in judged
+    ]
+    return as_markdown(Table("", ("figure", "ours / peer", "95 % interval or SE", "at most", ""), tuple(rows)))
+
+
+def _row(what: str, ratio: float, error: str, most: float) -> tuple[str, ...]:
+    return what, f"{ratio:.3f}", error, f"{most:g}", "met" if ratio <= most else "**missed**"
+
+
+def _quality_table(judged: Sequence[Quality]) -> Table:
+    rows = []
+    for one in judged:
+        for name, figures in (
+            ("source", one.ours.reference()),
+            ("ours", one.ours.result()),
+            ("peer", one.peer.result()),
+        ):
+            cells = [
+                f"{figures[key]:.4g} ± {figures[f'{key}_se']:.2g}" if key in figures else ""
+                for key in ("perplexity", "perplexity_ratio", "kl", "top1_agreement")
+            ]
+            rows.append((f"{one.text}: {name}", *cells))
+    columns = ("", "perplexity", "ratio to the source", "KL to the source, nats", "top-1 agreement")
+    return Table("", columns, tuple(rows))
+
+
+def _graph_summary(file: Path) -> str:
+    """How many nodes of each kind, and how the quantised matrices are stored."""
+    import onnx
+
+    nodes = onnx.load(file, load_external_data=False).graph.node
+    kinds = Counter(node.op_type for node in nodes)
+    wanted = ("bits", "block_size", "accuracy_level")
+    settings = Counter(
+        ", ".join(f"{a.name} {a.i}" for a in node.attribute if a.name in wanted)
+        for node in nodes
+        if node.op_type in ("MatMulNBits", "GatherBlockQuantized")
+    )
+    counted = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
+    return counted + "".join(f"; {count} with {setting}" for setting, count in settings.items())

@@ -1,0 +1,140 @@
+"""A bidirectional encoder as one ONNX graph, with the head or the pooling that its folder declares.
+
+`input_ids`, `attention_mask`, `token_type_ids` (B, T) → `last_hidden_state` with `pooler_output` or, where the folder
+says how sentences are pooled, `sentence_embedding`; → `logits` for classifiers and masked language models. Rows may
+be padded on either side, as `attention_mask` says; positions count from the row's start, as in torch.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from compress.errors import StageFailed
+from compress.exports.onnx.attention import attend, project, scale, split_heads
+from compress.exports.onnx.blocks import Blocks, Stream
+from compress.exports.onnx.decoder import mlp
+from compress.exports.onnx.graph import Graph
+
+BATCH, LENGTH = "batch_size", "sequence_length"
+_POOLER, _CLASSIFIER, _MASKED_LM = "pooler.dense", "classifier", "cls.predictions"
+
+
+@dataclass(frozen=True)
+class Pooling:
+    """How a sentence becomes one vector: the mean of its tokens or its first one; normalised to length 1 or not."""
+
+    mode: str
+    normalize: bool
+
+
+def read_pooling(folder: Path) -> Pooling | None:
+    """What `1_Pooling/config.json` and `modules.json` declare; None without them. Raises StageFailed for other modes."""
+    file = folder / "1_Pooling" / "config.json"
+    if not file.is_file():
+        return None
+    modes = [key for key, value in json.loads(file.read_text("utf-8")).items() if key.startswith("pooling_mode") and value]
+    known = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
+    if len(modes) != 1 or modes[0] not in known:
+        raise StageFailed(str(file), f"pooling {modes} is not supported", f"supported: one of {', '.join(known)}")
+    modules = folder / "modules.json"
+    kinds = [module["type"] for module in json.loads(modules.read_text("utf-8"))] if modules.is_file() else []
+    return Pooling(known[modes[0]], any(kind.endswith(".Normalize") for kind in kinds))
+
+
+def build_encoder(blocks: Blocks, pooling: Pooling | None) -> None:
+    """Emit the whole encoder and its head."""
+    graph, model, family = blocks.graph, blocks.model, blocks.model.shape.family
+    for name in ("input_ids", "attention_mask", "token_type_ids"):
+        graph.input(name, np.int64, [BATCH, LENGTH])
+    words = blocks.embed("input_ids", model.prefix + family.token_embedding)
+    types = blocks.embed("token_type_ids", model.prefix + family.type_embedding)
+    length = graph.op("Gather", graph.op("Shape", "input_ids"), graph.scalar(1, np.int64), axis=0)
+    positions_T = graph.op("Range", graph.scalar(0, np.int64), length, graph.scalar(1, np.int64))
+    places = blocks.embed(positions_T, model.prefix + family.position_embedding)
+    hidden = blocks.norm(
+        graph.op("Add", graph.op("Add", words, types), places), model.prefix + family.embedding_norm
+    )
+    mask = _mask(blocks)
+    for layer in range(model.shape.num_hidden_layers):
+        with graph.scope(f"layers.{layer}"):
+            attended = _attention(blocks, hidden, layer, mask)
+            hidden = blocks.last_norm(Stream(hidden, attended), model.layer(layer, family.attention_norm))
+            hidden = blocks.last_norm(Stream(hidden, mlp(blocks, hidden, layer)), model.layer(layer, family.mlp_norm))
+    _outputs(blocks, hidden, pooling)
+
+
+def _attention(blocks: Blocks, x: str, layer: int, mask: str) -> str:
+    graph, model, anatomy = blocks.graph, blocks.model, blocks.model.shape.family.attention
+    num_heads = model.shape.num_attention_heads
+    with graph.scope("attention"):
+        q, k, v = project(blocks, x, layer, packed=False)
+        if blocks.fused:
+            options = {"num_heads": num_heads, "scale": scale(model, layer), "mask_filter_value": -1e9}
+            mixed = graph.fused("MultiHeadAttention", q, k, v, "", mask, **options)
+        else:
+            q, k, v = (split_heads(blocks, value, num_heads) for value in (q, k, v))
+            mixed = attend(blocks, q, k, v, mask, scale(model, layer))
+        return blocks.linear(mixed, model.layer(layer, f"{anatomy.path}.{anatomy.out}"))
+
+
+def _mask(blocks: Blocks) -> str:
+    """`MultiHeadAttention`'s int32 `(B, T)`; or `(B, 1, 1, T)` to add: 0 for a token, −1e9 for padding."""
+    graph = blocks.graph
+    if blocks.fused:
+        return graph.op("Cast", "attention_mask", to=6)
+    seen = graph.op("Unsqueeze", graph.op("Cast", "attention_mask", to=9), graph.ints(1, 2))
+    return graph.op("Where", seen, graph.scalar(0.0), graph.scalar(-1e9))
+
+
+def _outputs(blocks: Blocks, hidden: str, pooling: Pooling | None) -> None:
+    graph, model = blocks.graph, blocks.model
+    hidden_size, pooler = model.shape.hidden_size, model.prefix + _POOLER
+    if model.has(f"{_MASKED_LM}.transform.dense"):
+        graph.output(_masked_lm(blocks, hidden), "logits", np.float32, [BATCH, LENGTH, model.shape.vocab_size])
+    elif model.has(_CLASSIFIER) and model.has(pooler):
+        logits = blocks.linear(_pooled(blocks, hidden, pooler), _CLASSIFIER)
+        graph.output(logits, "logits", np.float32, [BATCH, model.matrix(_CLASSIFIER).shape[0]])
+    elif model.has(_CLASSIFIER):
+        logits = blocks.linear(hidden, _CLASSIFIER)
+        graph.output(logits, "logits", np.float32, [BATCH, LENGTH, model.matrix(_CLASSIFIER).shape[0]])
+    else:
+        graph.output(hidden, "last_hidden_state", np.float32, [BATCH, LENGTH, hidden_size])
+        if pooling:
+            sentence = _sentence(graph, "last_hidden_state", pooling)
+            graph.output(sentence, "sentence_embedding", np.float32, [BATCH, hidden_size])
+        elif model.has(pooler):
+            pooled = _pooled(blocks, "last_hidden_state", pooler)
+            graph.output(pooled, "pooler_output", np.float32, [BATCH, hidden_size])
+
+
+def _pooled(blocks: Blocks, hidden: str, path: str) -> str:
+    """tanh of a projection of the first token, `(B, hidden)`."""
+    first = blocks.graph.op("Gather", hidden, blocks.graph.scalar(0, np.int64), axis=1)
+    return blocks.graph.op("Tanh", blocks.linear(first, path))
+
+
+def _masked_lm(blocks: Blocks, hidden: str) -> str:
+    graph, model = blocks.graph, blocks.model
+    inner = blocks.activation(blocks.linear(hidden, f"{_MASKED_LM}.transform.dense"))
+    normed = blocks.norm(inner, f"{_MASKED_LM}.transform.LayerNorm")
+    logits = blocks.tied(normed, model.prefix + model.shape.family.token_embedding)
+    bias = graph.weight(f"{_MASKED_LM}.bias", model.vector(f"{_MASKED_LM}.bias"))
+    return graph.op("Add", logits, bias)
+
+
+def _sentence(graph: Graph, hidden: str, pooling: Pooling) -> str:
+    if pooling.mode == "cls":
+        pooled = graph.op("Gather", hidden, graph.scalar(0, np.int64), axis=1)
+    else:
+        weights = graph.op("Unsqueeze", graph.op("Cast", "attention_mask", to=1), graph.ints(2))
+        total = graph.op("ReduceSum", graph.op("Mul", hidden, weights), graph.ints(1), keepdims=0)
+        count = graph.op("Max", graph.op("ReduceSum", weights, graph.ints(1), keepdims=0), graph.scalar(1e-9))
+        pooled = graph.op("Div", total, count)
+    if not pooling.normalize:
+        return pooled
+    length = graph.op("ReduceL2", pooled, graph.ints(1), keepdims=1)
+    return graph.op("Div", pooled, graph.op("Max", length, graph.scalar(1e-12)))

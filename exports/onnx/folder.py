@@ -1,0 +1,52 @@
+"""The files of an exported folder: graph, weights, configs, tokenizer, licence."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from compress.artifact import write_json
+from compress.errors import StageFailed
+from compress.exports.onnx.blocks import ACTIVATIONS, Blocks
+from compress.exports.onnx.decoder import build_decoder
+from compress.exports.onnx.encoder import Pooling, build_encoder
+from compress.exports.onnx.genai import genai_config
+from compress.exports.onnx.graph import Graph
+from compress.exports.onnx.tasks import task_of
+from compress.exports.onnx.weights import Model
+from compress.models.load import carry
+from compress.runtime.session import SHARED_CACHE
+from compress.stage import StageContext
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def write_folder(context: StageContext, model: PreTrainedModel, described: Model, pooling: Pooling | None, *, fused: bool) -> str:
+    """Write everything that a deployment needs to `context.out`; optimum's name of the task."""
+    origin, out, family = context.input.path, context.out, described.shape.family
+    activation = described.key("hidden_act")
+    if activation not in ACTIVATIONS:
+        what = f"activation {activation!r} has no ONNX operators here"
+        raise StageFailed("export-onnx", what, f"supported: {', '.join(ACTIVATIONS)}")
+    task = task_of(model, pooled=pooling is not None)
+    with Graph(out, family.name) as graph:
+        blocks = Blocks(graph, described, fused)
+        if family.kind == "decoder":
+            build_decoder(blocks)
+        else:
+            build_encoder(blocks, pooling)
+        shares = fused and family.kind == "decoder"
+        graph.save({"task": task, "fused": str(fused), SHARED_CACHE: str(int(shares))})
+    carry(origin, out)
+    config = {key: value for key, value in context.input.config.items() if key != "quantization_config"}
+    write_json(out / "config.json", config)
+    if shares:
+        write_json(out / "genai_config.json", genai_config(described, _generation(context), context.target.threads))
+    return task
+
+
+def _generation(context: StageContext) -> dict[str, Any]:
+    file = context.input.path / "generation_config.json"
+    loaded: dict[str, Any] = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+    return loaded

@@ -1,0 +1,47 @@
+"""`genai_config.json`: what onnxruntime-genai must know to run the folder as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from compress.exports.onnx.weights import Model
+
+GENERIC_TYPE = "decoder"
+_OWN_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+
+
+def genai_config(model: Model, generation: Mapping[str, Any], threads: int) -> dict[str, Any]:
+    """The config of a fused decoder. generation: the model's `generation_config.json`, whose token ids win."""
+    shape = model.shape
+    ids = {
+        name: value
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id")
+        if (value := generation.get(name, model.config.get(name))) is not None
+    }
+    ids.setdefault("pad_token_id", _first(ids.get("eos_token_id", 0)))
+    decoder = {
+        "filename": "model.onnx",
+        "session_options": {"log_id": "onnxruntime-genai", "intra_op_num_threads": threads, "provider_options": []},
+        "hidden_size": shape.hidden_size,
+        "num_attention_heads": shape.num_attention_heads,
+        "num_key_value_heads": shape.num_key_value_heads,
+        "num_hidden_layers": shape.num_hidden_layers,
+        "head_size": shape.head_dim,
+        "inputs": {
+            "input_ids": "input_ids", "attention_mask": "attention_mask",
+            "past_key_names": "past_key_values.%d.key", "past_value_names": "past_key_values.%d.value",
+        },
+        "outputs": {
+            "logits": "logits", "present_key_names": "present.%d.key", "present_value_names": "present.%d.value",
+        },
+    }  # fmt: skip
+    length = shape.max_position_embeddings
+    kind = shape.model_type if shape.model_type in _OWN_TYPES else GENERIC_TYPE
+    search = {"max_length": length, "do_sample": False, "num_beams": 1, "past_present_share_buffer": True}
+    described = {"type": kind, "context_length": length, "vocab_size": shape.vocab_size, **ids, "decoder": decoder}
+    return {"model": described, "search": search}
+
+
+def _first(ids: Any) -> int:
+    return int(ids[0] if isinstance(ids, list) else ids)

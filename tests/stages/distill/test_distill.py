@@ -1,0 +1,174 @@
+"""The stage `distill`: what it writes, what it refuses, every family, quantised teachers, and several processes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from launched import distil
+from safetensors.torch import load_file
+
+from compress.errors import StageFailed
+from compress.models.anatomy import shape_of
+from compress.models.load import load_model
+from compress.stage import Ref
+from compress.stages.distill.stage import Distill
+from compress.train.teacher import layer_map, load_teacher
+from pico import make_pico
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("models")
+    return {"input": make_pico("llama", folder / "input", seed=1), "teacher": make_pico("llama", folder / "teacher")}
+
+
+@pytest.fixture(scope="module")
+def alone(models, tmp_path_factory):
+    """(folder, metrics) of a distillation in one process."""
+    folder = tmp_path_factory.mktemp("alone")
+    return folder, distil(folder, models)
+
+
+def kl(teacher: torch.nn.Module, student: torch.nn.Module, ids_BT: torch.Tensor) -> float:
+    with torch.no_grad():
+        log_p, log_q = (model(ids_BT).logits.float().log_softmax(-1) for model in (teacher, student))
+    return (log_p.exp() * (log_p - log_q)).sum(-1).mean().item()
+
+
+def test_it_writes_a_model_that_reloads_and_is_nearer_to_its_teacher(models, alone):
+    folder, metrics = alone
+    out = folder / "out"
+    assert metrics["result"]["kl_to_teacher"] < metrics["input"]["kl_to_teacher"]
+    assert metrics["result"]["kl_to_teacher_se"] > 0
+    assert metrics["result"]["train_tokens"] == 6 * 64
+    ids = torch.arange(1, 17)[None]
+    student, teacher, before = (load_model(path) for path in (out, models["teacher"], models["input"]))
+    assert kl(teacher, student, ids) < kl(teacher, before, ids)
+    config, given = (json.loads((folder / "config.json").read_text()) for folder in (out, models["input"]))
+    assert config == given | {"rope_theta": 10000.0}
+    assert (out / "LICENSE").is_file()
+    assert (out / "tokenizer.json").is_file()
+
+
+def test_it_leaves_its_history(alone):
+    out = alone[0] / "out"
+    history = json.loads((out / "history.json").read_text())
+    assert [entry["step"] for entry in history["train"]] == [1, 2, 3, 4, 5, 6]
+    assert [entry["step"] for entry in history["eval"]] == [0, 3, 6]
+    assert {"kl", "kl_se", "ce", "loss"} <= history["eval"][0].keys()
+    assert (out / "loss.png").stat().st_size > 1000
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(out / "tensorboard")).Reload()
+    assert len(events.Scalars("loss")) == 6
+    assert len(events.Scalars("eval/kl")) == 3
+
+
+def test_two_processes_equal_one(models, alone, tmp_path):
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+        str(Path(__file__).with_name("launched.py")), str(tmp_path), str(models["input"]), str(models["teacher"]),
+    ]  # fmt: skip
+    launched = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert launched.returncode == 0, launched.stderr
+    one, two = (load_file(folder / "out" / "model.safetensors") for folder in (alone[0], tmp_path))
+    assert max((one[name] - two[name]).abs().max().item() for name in one) <= 1e-6
+    assert (tmp_path / "work" / "checkpoint-6" / "rng_state_1.pth").is_file()
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "gpt_neox", "qwen3"])
+def test_other_decoders(model_type, tmp_path):
+    models = {"input": make_pico(model_type, tmp_path / "s", seed=1), "teacher": make_pico(model_type, tmp_path / "t")}
+    metrics = distil(tmp_path, models, learning_rate=1e-2)
+    assert metrics["result"]["kl_to_teacher"] < metrics["input"]["kl_to_teacher"]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "loss"),
+    [(None, {"kl": 0, "hidden": 1}), ("BertForMaskedLM", {"kl": 1}), ("BertForSequenceClassification", {"kl": 1})],
+)
+def test_encoders(architecture, loss, tmp_path):
+    models = {
+        role: make_pico("bert", tmp_path / role, seed=seed, architecture=architecture)
+        for seed, role in enumerate(("input", "teacher"))
+    }
+    metrics = distil(tmp_path, models, loss=loss, learning_rate=1e-2)
+    assert metrics["result"]["eval_loss"] < metrics["input"]["eval_loss"]
+
+
+def test_a_bare_encoder_has_no_logits(tmp_path):
+    models = {role: make_pico("bert", tmp_path / role) for role in ("input", "teacher")}
+    with pytest.raises(StageFailed, match=r"no logits; use loss: \{kl: 0, hidden: 1\}"):
+        distil(tmp_path, models)
+
+
+@pytest.mark.parametrize(("bits", "tolerance"), [(8, 0.05), (4, 0.3)])
+def test_a_quantised_teacher_says_almost_the_same(models, tmp_path, bits, tolerance):
+    ids = torch.arange(1, 65).reshape(2, 32)
+    teacher, quantised = load_teacher(models["teacher"]), load_teacher(models["teacher"], bits)
+    names = {type(module).__name__ for module in quantised.modules()}
+    assert {4: "Linear4bit", 8: "Linear8bitLt"}[bits] in names
+    assert 0 < kl(teacher, quantised, ids) < tolerance
+    metrics = distil(tmp_path, models, teacher_bits=bits)
+    assert metrics["result"]["kl_to_teacher"] < metrics["input"]["kl_to_teacher"]
+
+
+def test_another_model_as_the_teacher(models, tmp_path):
+    metrics = distil(tmp_path, {"input": models["input"]}, teacher_model=str(models["teacher"]))
+    assert metrics["result"]["kl_to_teacher"] < metrics["input"]["kl_to_teacher"]
+
+
+def test_a_teacher_with_another_tokenizer_is_refused(models, tmp_path):
+    teacher = make_pico("llama", tmp_path / "teacher")
+    tokenizer = json.loads((teacher / "tokenizer.json").read_text())
+    tokenizer["added_tokens"][0]["content"] = "<|other|>"
+    tokenizer["model"]["vocab"]["<|other|>"] = tokenizer["model"]["vocab"].pop("<|end|>")
+    (teacher / "tokenizer.json").write_text(json.dumps(tokenizer))
+    config = json.loads((teacher / "tokenizer_config.json").read_text())
+    config.update(bos_token="<|other|>", eos_token="<|other|>", pad_token="<|other|>")
+    (teacher / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(StageFailed, match="tokenizer is not the student's"):
+        distil(tmp_path, {"input": models["input"], "teacher": teacher})
+
+
+def test_layers_answer_to_what_the_next_kept_layer_was_given():
+    assert layer_map(4, 6, dropped=(2, 4)) == [(1, 1), (2, 3), (3, 5), (4, 6)]
+    assert layer_map(3, 6) == [(1, 2), (2, 4), (3, 6)]
+    assert layer_map(2, 2) == [(1, 1), (2, 2)]
+
+
+def test_what_check_refuses(pico):
+    llama, bert = (shape_of(json.loads((pico(name) / "config.json").read_text())) for name in ("llama", "bert"))
+
+    def wheres(shape, **options):
+        return [problem.where for problem in Distill(**options).check(shape)]
+
+    assert wheres(llama, sequence_length=128) == []
+    assert wheres(llama, sequence_length=512, loss={"kl": 0}) == ["loss", "sequence_length"]
+    assert wheres(llama, batch_size=6, gradient_accumulation_steps=4) == ["gradient_accumulation_steps"]
+    assert wheres(bert, loss={"ce": 1}) == ["loss.ce"]
+    assert wheres(llama, teacher_model="./nowhere") == ["teacher_model"]
+    with pytest.raises(ValidationError):
+        Distill(loss={"kll": 1})
+
+
+def test_whom_it_asks():
+    assert Distill().inputs() == {"teacher": Ref("source")}
+    assert Distill(teacher="first").inputs() == {"teacher": Ref("first")}
+    assert Distill(loss={"kl": 0, "ce": 1}).inputs() == {}
+    assert Distill(teacher_model="org/name").inputs() == {}
+
+
+def test_its_twin_is_two_steps(pico):
+    twin = Distill(batch_size=64, gradient_accumulation_steps=2, tokens=10**9, teacher_model="org/name").twin()
+    assert twin.num_steps == 2
+    assert twin.teacher_model is None

@@ -1,0 +1,167 @@
+"""The recovery engine on pico models: it learns, is exact under accumulation, survives kills, stops when it must."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from pico_training import LENGTH, STEPS, blocks, train
+
+from compress.errors import StageFailed
+from compress.train.callbacks import LossWatch
+from compress.train.checkpoints import is_complete, newest_complete, remove_incomplete
+from compress.train.engine import training_order
+from pico import make_pico
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Folders of a student and a teacher."""
+    folder = tmp_path_factory.mktemp("models")
+    return make_pico("llama", folder / "student", seed=1), make_pico("llama", folder / "teacher")
+
+
+@pytest.fixture(scope="module")
+def reference(models, tmp_path_factory):
+    """(weights, outcome, work) of a training that nothing disturbed."""
+    work = tmp_path_factory.mktemp("reference")
+    return (*train(*models, work), work)
+
+
+def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    return max((one[name] - other[name]).abs().max().item() for name in one)
+
+
+def test_it_lowers_the_loss_and_keeps_the_best(reference):
+    _, outcome, work = reference
+    assert outcome.num_tokens == STEPS * 4 * LENGTH
+    assert outcome.best["eval_kl"] < outcome.first["eval_kl"]
+    assert outcome.best["eval_loss"] == min(entry["eval_loss"] for entry in outcome.log if "eval_loss" in entry)
+    assert outcome.best["eval_kl"] == pytest.approx(outcome.best["eval_loss"])
+    assert len(list(work.glob("checkpoint-*"))) == 2
+    assert next(entry["learning_rate"] for entry in outcome.log if "loss" in entry) > 0
+
+
+def test_what_is_returned_is_the_best_not_the_last(models, tmp_path):
+    weights, outcome = train(*models, tmp_path, learning_rate=0.2, warmup_ratio=0.0, lr_scheduler_type="linear")
+    losses = {entry["step"]: entry["eval_loss"] for entry in outcome.log if "eval_loss" in entry and entry["step"]}
+    assert outcome.best_step == min(losses, key=losses.__getitem__)
+    from safetensors.torch import load_file
+
+    saved = load_file(tmp_path / f"checkpoint-{outcome.best_step}" / "model.safetensors")
+    assert all(torch.equal(weights[name], tensor) for name, tensor in saved.items())
+
+
+def test_accumulation_changes_nothing(models, reference, tmp_path):
+    weights, outcome = train(*models, tmp_path, gradient_accumulation_steps=4)
+    assert distance(weights, reference[0]) < 1e-5
+    assert outcome.best["eval_loss"] == pytest.approx(reference[1].best["eval_loss"], abs=1e-5)
+
+
+def test_killed_twice_it_ends_with_the_same_weights(models, reference, tmp_path):
+    for mode, left in (("between", {"checkpoint-4"}), ("within", {"checkpoint-4"})):
+        script = Path(__file__).with_name("pico_training.py")
+        command = [sys.executable, str(script), mode, *map(str, models), str(tmp_path)]
+        killed = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
+        complete = {folder.name for folder in tmp_path.glob("checkpoint-*") if is_complete(folder)}
+        assert left <= complete <= {"checkpoint-2", "checkpoint-4"}
+        assert (tmp_path / "checkpoint-6").exists()
+    weights, outcome = train(*models, tmp_path)
+    assert distance(weights, reference[0]) == 0.0
+    for name in ("eval_loss", "eval_kl_se", "eval_ce", "eval_top1_agreement", "step"):
+        assert outcome.best[name] == reference[1].best[name]
+
+
+def test_killed_after_the_last_checkpoint_it_does_not_train_again(models, reference, tmp_path):
+    shutil.copytree(reference[2], tmp_path / "moved")
+    weights, outcome = train(*models, tmp_path / "moved", learning_rate=1.0)
+    assert distance(weights, reference[0]) == 0.0
+    assert outcome.log == reference[1].log[: len(outcome.log)]
+
+
+def test_incomplete_checkpoints_are_seen_and_removed(reference, tmp_path):
+    whole = newest_complete(reference[2])
+    assert whole is not None
+    for name in ("trainer_state.json", "optimizer.pt", "rng_state.pth", "model.safetensors"):
+        copy = tmp_path / f"checkpoint-{len(list(tmp_path.iterdir())) + 100}"
+        shutil.copytree(whole, copy)
+        (copy / name).write_bytes((copy / name).read_bytes()[:-20])
+        assert not is_complete(copy), name
+    assert newest_complete(tmp_path) is None
+    remove_incomplete(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_loss_that_is_no_number_stops_it_and_keeps_the_last_checkpoint(models, tmp_path, monkeypatch):
+    from compress.train import trainer
+
+    original, calls = trainer.Objective.total, []
+
+    def poisoned(self, student, teacher, labels_BT):
+        if torch.is_grad_enabled():
+            calls.append(1)
+        total = original(self, student, teacher, labels_BT)
+        return total * float("nan") if len(calls) == 4 else total
+
+    monkeypatch.setattr(trainer.Objective, "total", poisoned)
+    with pytest.raises(StageFailed, match=r"step 4 of 8: training diverged: loss is nan.*checkpoint-2"):
+        train(*models, tmp_path)
+    assert newest_complete(tmp_path) == tmp_path / "checkpoint-2"
+
+
+def test_the_watch_knows_divergence_from_noise():
+    noise = [0.9 + 0.5 * (i % 3) for i in range(60)]
+    assert not any(map(LossWatch().diverges, noise))
+    assert not any(map(LossWatch().diverges, [1e-6] * 20 + [1e-3] * 20))
+    watch = LossWatch(noise)
+    assert not watch.diverges(50.0)
+    assert any(watch.diverges(50.0) for _ in range(8))
+    assert LossWatch().diverges(float("inf"))
+
+
+def test_early_stopping(models, tmp_path):
+    _, outcome = train(*models, tmp_path, learning_rate=0.3, warmup_ratio=0, early_stopping_patience=1, eval_steps=1)
+    evaluated = [entry["eval_loss"] for entry in outcome.log if "eval_loss" in entry]
+    assert len(evaluated) < STEPS + 1
+    assert evaluated[-1] > min(evaluated[:-1])
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [{"kl": 0, "ce": 1}, {"kl": 0, "skew_kl": 1}, {"kl": 0, "hidden": 1}, {"kl": 1, "ce": 0.5, "hidden": 0.5}],
+    ids=str,
+)
+def test_every_loss_goes_down(models, tmp_path, loss):
+    student, teacher = models
+    _, outcome = train(student, teacher if loss != {"kl": 0, "ce": 1} else None, tmp_path, loss=loss, eval_steps=8)
+    assert outcome.best["eval_loss"] < outcome.first["eval_loss"]
+
+
+def test_eight_bit_adamw_and_gradient_checkpointing(models, reference, tmp_path):
+    _, outcome = train(*models, tmp_path, optim="adamw_8bit", gradient_checkpointing=True)
+    assert outcome.best["eval_kl"] == pytest.approx(reference[1].best["eval_kl"], rel=0.02)
+
+
+def test_the_order_is_shuffled_passes():
+    order = training_order(5, 12, seed=0)
+    assert sorted(order[:5]) == sorted(order[5:10]) == list(range(5))
+    assert order[:5] != order[5:10]
+    assert order == training_order(5, 12, seed=0)
+    assert len(blocks(3)) == 3
+
+
+def test_the_config_is_not_touched(models, tmp_path):
+    train(*models, tmp_path, tokens=2 * 4 * LENGTH)
+    before = json.loads((models[0] / "config.json").read_text())
+    after = json.loads(next(tmp_path.glob("checkpoint-*/config.json")).read_text())
+    assert before == after
