@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +21,14 @@ from compress.benchmarks.environment import environment, pick_cpus
 from compress.tables import Table, as_markdown
 
 _CLI = (sys.executable, "-c", "from compress.cli.main import main; main()")
+
+_WATCHER = """
+import resource, subprocess, sys, time
+start = time.perf_counter()
+status = subprocess.call(sys.argv[1:], stdout=subprocess.DEVNULL)
+print(time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+sys.exit(status)
+"""  # a process of its own, because Linux counts the memory of whoever forks as the child's
 
 
 @dataclass(frozen=True)
@@ -35,15 +41,11 @@ class Cost:
 
 def cost_of(command: Sequence[str], cwd: Path) -> Cost:
     """Run `command` to its end. Raises CalledProcessError where it fails; its stderr is passed on."""
-    start = time.perf_counter()
-    process = subprocess.Popen(command, cwd=cwd, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    seconds = time.perf_counter() - start
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode != 0:
-        raise subprocess.CalledProcessError(process.returncode, command)
+    watcher = (sys.executable, "-I", "-c", _WATCHER, *command)
+    done = subprocess.run(watcher, cwd=cwd, stdout=subprocess.PIPE, text=True, check=True)
+    seconds, max_rss = done.stdout.split()
     unit = 1 if sys.platform == "darwin" else 1024
-    return Cost(seconds, usage.ru_maxrss * unit / 1e6)
+    return Cost(float(seconds), int(max_rss) * unit / 1e6)
 
 
 def measure(model: str, export_format: str, threads: int, scratch: Path) -> Iterator[tuple[str, Cost]]:
@@ -77,9 +79,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for what, cost in measure(model, name, options.threads, Path(scratch))
         ]
     print(as_markdown(Table("", ("process", "seconds", "peak memory, MB"), tuple(rows))))
-    print(
-        f"\n{options.model}, {machine['cpu']}, busy before: {machine['busy_percent']:.0f} %, commit {machine['commit']}."
-    )
+    busy = f"{machine['busy_percent']:.0f} % busy before"
+    print(f"\n{options.model}, {machine['cpu']}, {busy}, commit {machine['commit']}.")
 
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
     python -m compress.benchmarks.int4_search MODEL_FOLDER --calibrate TEXT --judge TEXT [TEXT …]
 
-Texts are specs as under `data:` in a pipeline file; none is judged on what it was fitted to. Prints a table in
-Markdown: ratio of perplexity to the source's, KL to it (nats a token) with its standard error, top-1 agreement.
+Texts are specs as under `data:` in a pipeline file; of the one to calibrate on, a share is held out, and judged where
+`--judge` names it too. Prints a table in Markdown: ratio of perplexity to the source's, KL to it (nats a token) with
+its standard error, top-1 agreement.
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         text = TextData(DataConfig(train=(train,), eval=None if evaluate == train else (evaluate,)))
         return torch.from_numpy(text.blocks(split, tokenizer, given.sequence_length, max_tokens))
 
-    fitted_BT = blocks(given.calibrate, given.judge[0], "train", given.tokens)
+    fitted_BT = blocks(given.calibrate, given.calibrate, "train", given.tokens)
     texts = {text: blocks(given.calibrate, text, "eval", given.judge_tokens) for text in given.judge}
     source = load_model(given.model)
     print("| search | text | perplexity | KL to the source | agreement | seconds to quantise |")

@@ -20,6 +20,7 @@ from compress.tables import Table, as_markdown
 
 RUNTIMES: tuple[Runtime, ...] = ("genai", "ort")
 Found = Mapping[Runtime, Mapping[str, Any]]
+_TITLES = {"genai": "onnxruntime-genai", "ort": "bare ONNX Runtime"}
 _MOST = {"decode": 1.03, "size": 1.02, "perplexity": 1.0}  # the most that ours may be, as a share of the peer's
 
 
@@ -57,8 +58,8 @@ def page(
         "`intra_op_num_threads`, written into both `genai_config.json`.", "",
         "## Verdict", "", _verdict(found, judged), "",
     ]  # fmt: skip
-    for runtime, title in (("genai", "through onnxruntime-genai"), ("ort", "through bare ONNX Runtime")):
-        lines += [f"## Speed {title}", "", as_markdown(report.table(found[runtime])), ""]
+    for runtime in RUNTIMES:
+        lines += [f"## Speed through {_TITLES[runtime]}", "", as_markdown(report.table(found[runtime])), ""]
     lines += [report.footnote(any_found), "", "## Quality", "", as_markdown(_quality_table(judged)), ""]
     lines += ["± is the standard error over blocks of 256 tokens; ratios are paired block by block.", ""]
     lines += ["## What the graphs hold", ""]

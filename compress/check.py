@@ -11,7 +11,7 @@ from compress.errors import InvalidInput, Problem
 from compress.graph import Graph, build_graph
 from compress.models.anatomy import ModelShape, shape_of
 from compress.models.sources import parse_source
-from compress.pipeline import Draft, in_order, read_draft
+from compress.pipeline import Draft, Pipeline, in_order, load_pipeline, read_draft
 from compress.require import measured_early, unproven
 
 
@@ -62,6 +62,14 @@ def check_file(path: Path) -> Checked:
         problems += unproven(graph, draft.require)
         notes += measured_early(graph, draft.require)
     return Checked(path, in_order(problems), in_order(notes), graph)
+
+
+def valid_pipeline(path: Path) -> Pipeline:
+    """The pipeline in `path`, for a run. Raises InvalidInput with everything that `check_file` finds."""
+    checked = check_file(path)
+    if checked.problems:
+        raise InvalidInput.of(checked.problems)
+    return load_pipeline(path)
 
 
 def _data_problems(draft: Draft) -> Iterator[Problem]:

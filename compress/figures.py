@@ -28,7 +28,7 @@ def figures_of(record: RunRecord) -> dict[str, dict[str, float]]:
                 subjects = {measured, stage.id} | (set() if stage.hidden else {RESULT})
             for name in subjects:
                 found.setdefault(name, {}).update(values)
-        for role in stage.inputs.keys() & stage.metrics.keys():  # a baseline weighs what its own export weighs
+        for role in stage.inputs.keys() & stage.metrics.keys() - {INPUT}:  # a baseline weighs what its own export does
             baseline = found.get(stage.inputs[role], {})
             weighed = {name: baseline[name] for name in MODEL_FIGURES if name in baseline}
             found[role] = {**weighed, **found[role]}

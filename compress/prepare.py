@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 
 from compress.artifact import Artifact
-from compress.data.text import TextData
+from compress.data.text import TextData, check_tokenizer
 from compress.graph import Graph, resolve
 from compress.models.anatomy import ModelShape, shape_of
 from compress.models.sources import Source, parse_source, source_artifact
@@ -33,8 +33,13 @@ class Prepared:
 
     @cached_property
     def source_artifact(self) -> Artifact:
-        """The source model, fetched when it is first asked for."""
-        return source_artifact(self.source.fetch(self.reporter), self.plan.source_key)
+        """The source model, fetched when it is first asked for. Raises StageFailed where its tokenizer doesn't fit."""
+        from compress.models.load import has_tokenizer, load_tokenizer
+
+        folder = self.source.fetch(self.reporter)
+        if has_tokenizer(folder):
+            check_tokenizer(load_tokenizer(folder), self.shape.vocab_size)
+        return source_artifact(folder, self.plan.source_key)
 
 
 def prepare(pipeline: Pipeline, run_dir: Path, reporter: Reporter) -> Prepared:

@@ -24,7 +24,10 @@ _LABELS = {
 }
 """The figures that tables show, in this order: what they are called, and their unit."""
 _SCALE = {"parameters": 1e-6}
-_STAGE_FIGURES = ("parameters", "size_mb", "perplexity", "kl", "top1_agreement")
+_STAGE_LABELS = {
+    "parameters": "params (M)", "size_mb": "MB", "perplexity": "perplexity", "kl": "KL", "top1_agreement": "top-1",
+}  # fmt: skip
+"""The same for the table of stages, which is wide."""
 _NAME = re.compile(r"(?P<base>\w+?)(?:@(?P<tokens>\d+)(?P<rest>,[\w=,]+)?)?")
 
 
@@ -45,7 +48,7 @@ def result_table(record: RunRecord) -> Table:
     others = sorted(known - {SOURCE, RESULT} - stage_ids)
     subjects = (SOURCE, *others, RESULT)
     rows = [(*row, _ratio(figures, name)) for name, row in _rows(figures, subjects)]
-    return Table(f"{record.name}: {record.source.name}", ("", *subjects, "result / source"), tuple(rows))
+    return Table(f"{record.name}: {record.source.name}", ("", *subjects, "ratio"), tuple(rows))
 
 
 def stages_table(record: RunRecord) -> Table:
@@ -55,9 +58,10 @@ def stages_table(record: RunRecord) -> Table:
     for line in stage_lines(record):
         seconds = "" if line.seconds is None else f"{line.seconds:.0f} s"
         lines.append((line.stage.id, line.measured, seconds))
-    names = [name for name in _STAGE_FIGURES if any(name in values for _, values, _ in lines)]
+    names = [name for name in _STAGE_LABELS if any(name in values for _, values, _ in lines)]
     rows = tuple((id_, *(_value(values, name) for name in names), seconds) for id_, values, seconds in lines)
-    return Table("after each stage", ("", *(_label(name) for name in names), "took"), rows)
+    title = "after each stage (KL to the source in nats, top-1 agreement with it)"
+    return Table(title, ("", *(_STAGE_LABELS[name] for name in names), "took"), rows)
 
 
 def comparison_table(first: RunRecord, second: RunRecord) -> Table:

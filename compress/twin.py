@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
@@ -15,6 +16,7 @@ from compress.errors import CompressError, InvalidInput
 from compress.execute import Setting, execute
 from compress.graph import Graph
 from compress.journal import Journal, blank_record
+from compress.models.anatomy import shape_of
 from compress.models.sources import source_artifact
 from compress.plan import make_plan
 from compress.prepare import Prepared
@@ -22,12 +24,15 @@ from compress.stage import Reporter
 
 NUM_LAYERS = 4
 """Of the twin: enough that pruning has something to leave out twice."""
+HEAD_DIM = 32
+WIDTH_STEP = 32
+"""Of the twin's widths: the block of the quantised formats, so that whole blocks stay whole."""
 
 
 def try_twin(prepared: Prepared) -> None:
     """Run every stage's `twin()` on a twin of the source, in a temporary folder.
 
-    The twin keeps the source's widths, vocabulary and tokenizer, and reads the pipeline's own text. Raises InvalidInput
+    The twin keeps the source's heads, vocabulary and tokenizer, is shallow and narrow, and reads the pipeline's own text. Raises InvalidInput
     naming the stage that failed; bugs keep their traceback.
     """
     with tempfile.TemporaryDirectory(prefix="compress-twin-") as temporary:
@@ -72,9 +77,21 @@ def write_twin(origin: Path, out: Path) -> Path:
 
 
 def twin_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """`config` with its layers, and every list that has one entry a layer, cut down to NUM_LAYERS."""
-    keys = ("num_hidden_layers", "n_layer", "num_layers")
-    deep = max(config[key] for key in keys if isinstance(config.get(key), int))
+    """`config` with its layers, and every list that has one entry a layer, cut down to NUM_LAYERS, and narrower.
+
+    Heads keep their number and shrink to HEAD_DIM; the other widths shrink alike, to multiples of WIDTH_STEP.
+    """
+    shape = shape_of(config)
+    key, deep = shape.family.key, shape.num_hidden_layers
     num_layers = min(deep, NUM_LAYERS)
-    cut = {key: value[:num_layers] for key, value in config.items() if isinstance(value, list) and len(value) == deep}
-    return {**config, **cut, **{key: num_layers for key in keys if key in config}}
+    cut = {name: value[:num_layers] for name, value in config.items() if isinstance(value, list) and len(value) == deep}
+    twin = {**config, **cut, key("num_hidden_layers"): num_layers}
+    if shape.head_dim > HEAD_DIM:
+        for name in ("hidden_size", "intermediate_size"):
+            width = getattr(shape, name) * HEAD_DIM / shape.head_dim
+            twin[key(name)] = math.ceil(width / WIDTH_STEP) * WIDTH_STEP
+        if shape.hidden_size == shape.num_attention_heads * shape.head_dim:
+            twin[key("hidden_size")] = shape.num_attention_heads * HEAD_DIM
+        if "head_dim" in config:
+            twin["head_dim"] = HEAD_DIM
+    return twin

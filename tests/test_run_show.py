@@ -56,7 +56,7 @@ def test_show_json_has_figures_by_subject() -> None:
     assert figures["fake-shrink"]["perplexity"] == 10  # measured by the stage after it
     assert figures["source"] == {
         "parameters": 68, "size_mb": pytest.approx(0.000416, rel=0.2), "perplexity": 8, "perplexity_se": 0.2,
-        "tpot_ms@128": 20,
+        "tpot_ms@128": 20, "loss": 3,
     }  # fmt: skip
     assert Path(shown["deploy"], "model.onnx").is_file()
     with pytest.raises(InvalidInput, match="runs/nothing: is not a run"):

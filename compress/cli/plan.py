@@ -28,12 +28,12 @@ def plan(
     Then the whole pipeline is run on a random twin of the model with a few layers, in a temporary folder, so that an
     export that can't work fails now and not after hours of training. Nothing is written to the run directory.
     """
+    from compress.check import valid_pipeline
     from compress.estimate import estimate
-    from compress.pipeline import load_pipeline
     from compress.prepare import prepare
     from compress.twin import try_twin
 
-    loaded = load_pipeline(pipeline)
+    loaded = valid_pipeline(pipeline)
     with reporting() as reporter:
         prepared = prepare(loaded, runs / loaded.name, reporter)
         estimates = estimate(prepared)

@@ -30,15 +30,15 @@ def run(
 
     Exit status: 0 done; 1 a stage failed; 2 invalid input, nothing ran; 3 a requirement was missed; 130 interrupted.
     """
+    from compress.check import valid_pipeline
     from compress.cli.show import as_json, print_run
-    from compress.pipeline import load_pipeline
     from compress.record import State
     from compress.run import run_pipeline
     from compress.train.distributed import follow, is_follower, release
 
     if is_follower():
         return follow()
-    loaded = load_pipeline(pipeline)
+    loaded = valid_pipeline(pipeline)
     run_dir = runs / loaded.name
     with reporting() as reporter:
         try:

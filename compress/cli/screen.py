@@ -28,11 +28,13 @@ def print_table(table: Table) -> None:
     from rich import box
     from rich.table import Table as RichTable
 
-    shown = RichTable(title=table.title, title_justify="left", box=box.SIMPLE_HEAD)
+    shown = RichTable(box=box.SIMPLE_HEAD)
     for index, column in enumerate(table.columns):
         shown.add_column(column, justify="right" if index else "left", no_wrap=index > 0)
     for row in table.rows:
         shown.add_row(*row)
+    if table.title:
+        print_line(table.title)
     _stdout().print(shown)
 
 

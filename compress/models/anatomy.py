@@ -94,6 +94,7 @@ LLAMA = Family(
     position="rotary",
     final_norm="norm",
     lm_head="lm_head",
+    keys={"norm_eps": "rms_norm_eps"},
 )
 
 GPT_NEOX = Family(
@@ -112,6 +113,7 @@ GPT_NEOX = Family(
     position="rotary",
     final_norm="final_layer_norm",
     lm_head="lm_head",
+    keys={"norm_eps": "layer_norm_eps"},
 )
 
 GPT2 = Family(

@@ -45,11 +45,16 @@ def load_model(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedMo
     return loaded
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether `folder` holds a tokenizer's files."""
+    return any((folder / name).is_file() for name in ("tokenizer.json", "vocab.txt", "tokenizer.model"))
+
+
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer in `folder`. Raises CompressError where there is none."""
     from transformers import AutoTokenizer
 
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.txt", "tokenizer.model")):
+    if not has_tokenizer(folder):
         raise CompressError(str(folder), "has no tokenizer", "add tokenizer.json and tokenizer_config.json")
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     return tokenizer

@@ -14,6 +14,10 @@ from compress.quant.schemes import Scheme, round_to_nearest, to_blocks
 
 CLIPS = (0.65, 0.70, 0.75, 0.80, 0.85, 0.90, 0.95, 1.0, 1.05, 1.10)
 """Candidates: the block's extreme over the outermost code, times these."""
+SHRINKAGE = 0.3
+"""Share of each correlation between channels that is not believed: a few thousand tokens of one text do not tell them
+exactly, and GPTQ fits to what they tell. Measured: benchmarks/results/int4-search_smollm2-135m.md."""
+DAMPING = 1e-3
 NUM_REFITS = 2
 CHUNK = 1 << 17
 """Weights searched at a time: the working set stays in the processor's cache."""
@@ -73,15 +77,15 @@ def output_error(weight_NK: Tensor, qtensor: QTensor, moment_KK: Tensor | None) 
     return (((error @ moment_KK) * error).sum() / ((weight_NK @ moment_KK) * weight_NK).sum()).item()
 
 
-def gptq(weight_NK: Tensor, scheme: Scheme, moment_KK: Tensor, damping: float = 0.01) -> QTensor:
+def gptq(weight_NK: Tensor, scheme: Scheme, moment_KK: Tensor, shrinkage: float = SHRINKAGE) -> QTensor:
     """Codes found one input channel after another, each one's error fed to those still open (GPTQ).
 
     A block's scales are searched when it is reached, on weights that carry the errors so far, weighted as GPTQ weights
-    errors. damping: share of the mean diagonal of `moment_KK` added to it.
+    errors. shrinkage: from 0, `moment_KK` as it is, to 1, its diagonal alone, which feeds nothing forward.
     """
     k = weight_NK.shape[1]
     block = scheme.block_size or k
-    upper_KK = _inverse_factor(moment_KK, damping)
+    upper_KK = _inverse_factor(moment_KK, shrinkage)
     importance_K = upper_KK.diagonal() ** -2
     low, high = scheme.limits[0] - scheme.midpoint, scheme.limits[1] - scheme.midpoint
     open_KN = weight_NK.float().T.contiguous()
@@ -101,10 +105,11 @@ def gptq(weight_NK: Tensor, scheme: Scheme, moment_KK: Tensor, damping: float = 
     return QTensor(codes_NK, torch.stack(scales, 1), None, scheme)
 
 
-def _inverse_factor(moment_KK: Tensor, damping: float) -> Tensor:
-    """U (upper) with H⁻¹ = Uᵀ U, of the damped moment; channels that never occur count as alone."""
-    diagonal = moment_KK.diagonal()
-    damped = moment_KK.double() + torch.eye(len(moment_KK)) * (damping * diagonal.mean().clamp(min=1e-12))
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+def _inverse_factor(moment_KK: Tensor, shrinkage: float) -> Tensor:
+    """U (upper) with H⁻¹ = Uᵀ U, of the moment with its correlations shrunk and its diagonal damped."""
+    diagonal_K = moment_KK.diagonal().double()
+    damped_K = shrinkage * diagonal_K + DAMPING * diagonal_K.mean().clamp(min=1e-12)
+    shrunk_KK = (1 - shrinkage) * moment_KK.double() + torch.diag(damped_K)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(shrunk_KK))
     upper: Tensor = torch.linalg.cholesky(inverse, upper=True)
     return upper.float()

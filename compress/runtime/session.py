@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compress.errors import CompressError
+from compress.runtime.ort import first_line, open_session, ort_errors
 
 SHARED_CACHE = "compress.past_present_share_buffer"
 """Key of the ONNX model's metadata that says that past and present may be one buffer."""
@@ -56,7 +57,7 @@ class OnnxModel:
         self.folder = folder
         genai = _genai_config(folder)
         decoder = genai.get("model", {}).get("decoder", {})
-        self.session = _open(folder / (file or decoder.get("filename", "model.onnx")), threads, provider)
+        self.session = open_session(folder / (file or decoder.get("filename", "model.onnx")), threads, provider)
         self.inputs: dict[str, Any] = {node.name: node for node in self.session.get_inputs()}
         self.outputs: tuple[str, ...] = tuple(node.name for node in self.session.get_outputs())
         self.keeps_last = LOGITS_TO_KEEP in {node.name for node in self.session.get_overridable_initializers()}
@@ -73,8 +74,8 @@ class OnnxModel:
         """All outputs by name for raw inputs by name. Raises CompressError where ONNX Runtime refuses them."""
         try:
             return dict(zip(self.outputs, self.session.run(None, dict(feeds)), strict=True))
-        except _ort_errors() as error:
-            raise CompressError(str(self.folder), f"ONNX Runtime stopped: {_first_line(error)}") from error
+        except ort_errors() as error:
+            raise CompressError(str(self.folder), f"ONNX Runtime stopped: {first_line(error)}") from error
 
     def forward(
         self, input_ids: Ints, attention_mask: Ints | None = None, past: Sequence[Floats] | None = None
@@ -87,7 +88,7 @@ class OnnxModel:
         past = past if past is not None else [slot.empty(batch_size) for slot in self.cache]
         if attention_mask is None:
             attention_mask = np.ones((batch_size, past[0].shape[2] + num_new), np.int64)
-        feeds = self._token_feeds(input_ids, attention_mask)
+        feeds = self.token_feeds(input_ids, attention_mask)
         feeds.update({slot.past: value for slot, value in zip(self.cache, past, strict=True)})
         if self.keeps_last:
             feeds[LOGITS_TO_KEEP] = np.array(0, np.int64)
@@ -98,7 +99,7 @@ class OnnxModel:
         self, input_ids: Ints, attention_mask: Ints | None = None, token_type_ids: Ints | None = None
     ) -> dict[str, NDArray[Any]]:
         """An encoder's outputs by name for `input_ids` `(B, T)`; the mask is ones, the types zeros where left out."""
-        feeds = self._token_feeds(input_ids, np.ones_like(input_ids) if attention_mask is None else attention_mask)
+        feeds = self.token_feeds(input_ids, np.ones_like(input_ids) if attention_mask is None else attention_mask)
         if "token_type_ids" in self.inputs:
             feeds["token_type_ids"] = np.zeros_like(input_ids) if token_type_ids is None else token_type_ids
         return self.run(feeds)
@@ -107,7 +108,8 @@ class OnnxModel:
         """A generation session with room for `max_length` tokens a row."""
         return Decoder(self, max_length, batch_size)
 
-    def _token_feeds(self, input_ids: Ints, attention_mask: Ints) -> dict[str, NDArray[Any]]:
+    def token_feeds(self, input_ids: Ints, attention_mask: Ints) -> dict[str, NDArray[Any]]:
+        """Of `input_ids`, `attention_mask` and the `position_ids` that follow from it, those that the graph takes."""
         feeds: dict[str, NDArray[Any]] = {"input_ids": np.ascontiguousarray(input_ids, np.int64)}
         if "attention_mask" in self.inputs:
             feeds["attention_mask"] = np.ascontiguousarray(attention_mask, np.int64)
@@ -132,6 +134,9 @@ class Decoder:
         self._buffers = [slot.empty(batch_size, max_length) for slot in model.cache] if model.shares_cache else []
         self._carried: list[Any] = []
         self._mask = np.ones(batch_size * max_length, np.int64)
+        self._binding = model.session.io_binding()
+        if self._buffers:  # bound once: two calls a slot and step would be a tenth of a small model's step
+            self._bind_cache()
 
     def reset(self, length: int = 0) -> None:
         """Forget all but the first `length` tokens. Only a shared buffer can keep some."""
@@ -159,22 +164,23 @@ class Decoder:
         if total > self.max_length:
             raise ValueError(f"{total} tokens do not fit into the {self.max_length} of this session")
         mask = self._mask[: self.batch_size * total].reshape(self.batch_size, total)
-        binding = self.model.session.io_binding()
-        feeds = self.model._token_feeds(input_ids, mask)
+        feeds = self.model.token_feeds(input_ids, mask)
         for name, array in feeds.items():
-            _bind(binding.bind_input, name, array)
-        binding.bind_output("logits", "cpu")
-        self._bind_cache(binding)
+            _bind(self._binding.bind_input, name, array)
+        self._binding.bind_output("logits", "cpu")
+        if not self._buffers:
+            self._bind_cache()
         try:
-            self.model.session.run_with_iobinding(binding)
-        except _ort_errors() as error:
-            raise CompressError(str(self.model.folder), f"ONNX Runtime stopped: {_first_line(error)}") from error
-        logits, *present = binding.get_outputs()
+            self.model.session.run_with_iobinding(self._binding)
+        except ort_errors() as error:
+            raise CompressError(str(self.model.folder), f"ONNX Runtime stopped: {first_line(error)}") from error
+        self._carried = self._binding.get_outputs()  # in the order in which they were first bound
+        logits = self._carried.pop(-1 if self._buffers else 0)
         self.length = total
-        self._carried = present
         return _last_row(logits)
 
-    def _bind_cache(self, binding: Any) -> None:
+    def _bind_cache(self) -> None:
+        binding = self._binding
         for index, slot in enumerate(self.model.cache):
             if self._buffers:
                 _bind(binding.bind_input, slot.past, self._buffers[index])
@@ -185,35 +191,6 @@ class Decoder:
             else:
                 binding.bind_cpu_input(slot.past, slot.empty(self.batch_size))
             binding.bind_output(slot.present, "cpu")
-
-
-def _open(file: Path, threads: int, provider: str) -> Any:
-    import onnxruntime
-
-    if not file.is_file():
-        raise CompressError(str(file.parent), f"has no {file.name}", "export the model, or name another folder")
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
-    options.log_severity_level = 3
-    try:
-        return onnxruntime.InferenceSession(file, options, providers=[provider])
-    except _ort_errors() as error:
-        fix = "it is damaged, incomplete or for another version; export it again"
-        raise CompressError(str(file), f"ONNX Runtime can't open it: {_first_line(error)}", fix) from error
-
-
-def _ort_errors() -> tuple[type[Exception], ...]:
-    from onnxruntime.capi import onnxruntime_pybind11_state as state
-
-    names = ("Fail", "InvalidArgument", "InvalidGraph", "InvalidProtobuf", "NoModel", "NoSuchFile", "NotImplemented",
-             "RuntimeException", "EPFail", "EngineError")  # fmt: skip
-    return tuple(getattr(state, name) for name in names)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:300]
 
 
 def _genai_config(folder: Path) -> dict[str, Any]:

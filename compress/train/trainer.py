@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import save_model as save_weights
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import EvalPrediction, PreTrainedModel, Trainer, TrainingArguments
 
 from compress.errors import StageFailed
+from compress.train.checkpoints import WEIGHTS
 from compress.train.losses import (
     IGNORED,
     HiddenDistance,
@@ -141,6 +144,16 @@ class RecoveryTrainer(Trainer):
                 for i, labels_1T in enumerate(inputs["labels"][:, None])
             ])  # fmt: skip
         return None, figures_BF, figures_BF
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        """A checkpoint's weights under the names that they have in memory.
+
+        `save_pretrained` gives some of them their old names (GPT-NeoX's head), which Trainer, when it resumes, takes
+        for missing and silently leaves as they were.
+        """
+        folder = Path(output_dir or self.args.output_dir or ".")
+        folder.mkdir(parents=True, exist_ok=True)
+        save_weights(self.accelerator.unwrap_model(self.model), str(folder / WEIGHTS))
 
     def _outputs(self, model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Any, Any]:
         student = model(input_ids=inputs["input_ids"], **self._options)

@@ -17,7 +17,7 @@ from compress.exports.onnx.weights import Model
 
 @dataclass(frozen=True)
 class FusedInputs:
-    """What `GroupQueryAttention` reads beside q, k, v: last key's index `(B,)` and S, both int32, and the rotary tables.
+    """What it reads beside q, k, v: last key's index `(B,)` and S, both int32, and the rotary tables.
 
     lanes_D: the order of a head's lanes that the tables are made for, where it is not the model's.
     """

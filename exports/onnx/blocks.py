@@ -48,18 +48,11 @@ class Blocks:
         """
         name = name or paths[0]
         weight = stack_rows([self.model.matrix(path) for path in paths], rows)
-        biases = [self.model.bias(path) for path in paths]
-        bias = None
-        if any(one is not None for one in biases):
-            widths = [self.model.matrix(path).shape[0] for path in paths]
-            filled = [np.zeros(n, np.float32) if b is None else b for b, n in zip(biases, widths, strict=True)]
-            bias = np.concatenate(filled)
-            bias = bias if rows is None else bias[rows]
-        stored_bias = "" if bias is None else self.graph.weight(f"{name}.bias", bias)
+        bias = self._bias(name, paths, rows)
         if not isinstance(weight, QTensor):
-            return self._float(x, name, weight, stored_bias)
-        self.store(name, weight)
-        return self._quantised(x, name, weight, stored_bias)
+            return self._float(x, name, weight, bias)
+        self._store(name, weight)
+        return self._quantised(x, name, weight, bias)
 
     def can_stack(self, *paths: str) -> bool:
         """Whether one operator can hold the modules at `paths`."""
@@ -79,15 +72,14 @@ class Blocks:
         weight = self.model.matrix(path)
         if not isinstance(weight, QTensor):
             return self.graph.op("Gather", self.graph.weight(f"{path}.weight", array(weight)), ids, axis=0)
-        self.store(path, weight)
+        self._store(path, weight)
         if not self.fused:
             return self.graph.op("Gather", self._dequantised(path, weight), ids, axis=0)
-        bits, block_size = weight.scheme.bits, weight.scheme.block_size
-        num_rows = weight.shape[0]
-        flat = self.graph.op("Reshape", f"{path}.weight.codes", self.graph.ints(num_rows, -1))
+        flat = self.graph.op("Reshape", f"{path}.weight.codes", self.graph.ints(weight.shape[0], -1))
         zeros = f"{path}.weight.zero_points" if weight.zero_point is not None else ""
-        options = {"bits": bits, "block_size": block_size, "gather_axis": 0, "quantize_axis": 1}
-        return self.graph.fused("GatherBlockQuantized", flat, ids, f"{path}.weight.scales", zeros, **options)
+        inputs = (flat, ids, f"{path}.weight.scales", zeros)
+        options = {"bits": weight.scheme.bits, "block_size": weight.scheme.block_size}
+        return self.graph.fused("GatherBlockQuantized", *inputs, gather_axis=0, quantize_axis=1, **options)
 
     def norm(self, x: str, path: str) -> str:
         """The model's norm at `path` of `x`."""
@@ -119,7 +111,7 @@ class Blocks:
     @property
     def epsilon(self) -> float:
         """What the norms add to the variance."""
-        return float(self.model.key("rms_norm_eps" if self.model.shape.family.norm == "rms" else "norm_eps", 1e-5))
+        return float(self.model.key("norm_eps"))
 
     def activation(self, x: str) -> str:
         """The model's activation function of `x`; ONNX Runtime fuses its nodes when it loads them."""
@@ -133,7 +125,17 @@ class Blocks:
             return graph.op("Gelu", x, approximate="tanh")
         return graph.op({"relu": "Relu", "tanh": "Tanh"}[kind], x)
 
-    def store(self, name: str, tensor: QTensor) -> None:
+    def _bias(self, name: str, paths: Sequence[str], rows: NDArray[np.int64] | None) -> str:
+        """The stacked biases, zeros where a module has none; `""` where none has."""
+        biases = [self.model.bias(path) for path in paths]
+        if all(bias is None for bias in biases):
+            return ""
+        widths = [self.model.matrix(path).shape[0] for path in paths]
+        filled = [np.zeros(n, np.float32) if b is None else b for b, n in zip(biases, widths, strict=True)]
+        stacked = np.concatenate(filled)
+        return self.graph.weight(f"{name}.bias", stacked if rows is None else stacked[rows])
+
+    def _store(self, name: str, tensor: QTensor) -> None:
         """Store the codes, scales and zero points of the weight of `name` as its operators want them."""
         if self.graph.has_weight(f"{name}.weight.codes"):
             return

@@ -11,7 +11,7 @@ import numpy as np
 
 from compress.exports.onnx.attention import FusedInputs, PlainInputs, fused_attention, plain_attention, window
 from compress.exports.onnx.blocks import Blocks, Stream
-from compress.exports.onnx.graph import Graph
+from compress.exports.onnx.graph import Dimension, Graph
 from compress.exports.onnx.rotary import padded_rotary
 from compress.runtime.session import LOGITS_TO_KEEP
 
@@ -28,7 +28,7 @@ def build_decoder(blocks: Blocks) -> None:
         graph.input("position_ids", np.int64, [BATCH, NEW])
     for layer in range(shape.num_hidden_layers):
         for part in ("key", "value"):
-            dimensions = [BATCH, shape.num_key_value_heads, PAST, shape.head_dim]
+            dimensions: list[Dimension] = [BATCH, shape.num_key_value_heads, PAST, shape.head_dim]
             graph.input(f"past_key_values.{layer}.{part}", np.float32, dimensions)
     stream = Stream(blocks.embed("input_ids", model.prefix + family.token_embedding))
     if family.position_embedding:
@@ -56,7 +56,7 @@ def _layer(blocks: Blocks, stream: Stream, layer: int, inputs: FusedInputs | Pla
             mixed, keys, values = plain_attention(blocks, normed, layer, inputs)
         attended = blocks.linear(mixed, model.layer(layer, f"{family.attention.path}.{family.attention.out}"))
     for part, value in (("key", keys), ("value", values)):
-        dimensions = [BATCH, model.shape.num_key_value_heads, TOTAL, model.shape.head_dim]
+        dimensions: list[Dimension] = [BATCH, model.shape.num_key_value_heads, TOTAL, model.shape.head_dim]
         graph.output(value, f"present.{layer}.{part}", np.float32, dimensions)
     if model.shape.residual == "parallel":
         normed = blocks.norm(stream.value, model.layer(layer, family.mlp_norm))

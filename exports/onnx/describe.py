@@ -48,7 +48,8 @@ def _dequantised(config: Mapping[str, Any], tensors: Mapping[str, QTensor | Tens
     auto: Any = auto_class((plain.get("architectures") or ["AutoModel"])[0])
     model = cast("PreTrainedModel", auto.from_config(transformers.AutoConfig.for_model(**plain), dtype=torch.float32))
     own = dict(model.state_dict(keep_vars=True))
-    tied = {name for name in set(own) - set(tensors) if any(own[name] is own[other] for other in tensors if other in own)}
+    found = [own[name] for name in tensors if name in own]
+    tied = {name for name in set(own) - set(tensors) if any(own[name] is other for other in found)}
     misfits = sorted((set(own) - tied) ^ set(tensors))
     if misfits:
         what = f"the weights do not fit config.json: {', '.join(misfits[:3])}"
@@ -57,7 +58,8 @@ def _dequantised(config: Mapping[str, Any], tensors: Mapping[str, QTensor | Tens
         for name, tensor in tensors.items():
             weight = tensor.dequantize() if isinstance(tensor, QTensor) else tensor
             own[name].copy_(weight.T if _is_transposed(model, name, tensor) else weight)
-    return model.eval()
+    model.train(False)
+    return model
 
 
 def _is_transposed(model: PreTrainedModel, name: str, tensor: QTensor | Tensor) -> bool:

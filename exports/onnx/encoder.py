@@ -32,11 +32,12 @@ class Pooling:
 
 
 def read_pooling(folder: Path) -> Pooling | None:
-    """What `1_Pooling/config.json` and `modules.json` declare; None without them. Raises StageFailed for other modes."""
+    """What `1_Pooling/config.json` and `modules.json` declare; None without. Raises StageFailed for other modes."""
     file = folder / "1_Pooling" / "config.json"
     if not file.is_file():
         return None
-    modes = [key for key, value in json.loads(file.read_text("utf-8")).items() if key.startswith("pooling_mode") and value]
+    declared = json.loads(file.read_text("utf-8"))
+    modes = [key for key, value in declared.items() if key.startswith("pooling_mode") and value]
     known = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
     if len(modes) != 1 or modes[0] not in known:
         raise StageFailed(str(file), f"pooling {modes} is not supported", f"supported: one of {', '.join(known)}")

@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def write_folder(context: StageContext, model: PreTrainedModel, described: Model, pooling: Pooling | None, *, fused: bool) -> str:
+def write_folder(
+    context: StageContext, model: PreTrainedModel, described: Model, pooling: Pooling | None, *, fused: bool
+) -> str:
     """Write everything that a deployment needs to `context.out`; optimum's name of the task."""
     origin, out, family = context.input.path, context.out, described.shape.family
     activation = described.key("hidden_act")

@@ -116,13 +116,14 @@ class Graph:
         wanted = [True] * outputs if isinstance(outputs, int) else outputs
         name = self._unique("/".join(["", *self._scope, kind]))
         values = tuple(f"{name}.{index}" if want else "" for index, want in enumerate(wanted))
-        node = helper.make_node(kind, inputs, values, name, domain=domain, **dict(attributes or {}))
+        node = helper.make_node(kind, inputs, values, name, domain=domain)
+        node.attribute.extend(helper.make_attribute(key, value) for key, value in (attributes or {}).items())
         self._nodes.append(node)
         return values
 
     def save(self, metadata: Mapping[str, str]) -> None:
         """Write `model.onnx`."""
-        graph = helper.make_graph(self._nodes, self._name, self._inputs, self._outputs, self._initializers.values())
+        graph = helper.make_graph(self._nodes, self._name, self._inputs, self._outputs, [*self._initializers.values()])
         domains = {node.domain for node in self._nodes} - {""}
         opsets = [helper.make_opsetid("", OPSET), *(helper.make_opsetid(domain, 1) for domain in sorted(domains))]
         model = helper.make_model(graph, opset_imports=opsets, ir_version=_IR_VERSION, producer_name="compress")

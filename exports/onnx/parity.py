@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 NUM_GREEDY = 32
 """Tokens generated after each prompt: 64 together."""
 MAX_PROMPT = 192
-ROUNDING_LIMIT = 0.25
+ROUNDING_LIMIT = 0.5
 """How far rounded activations may move the outputs: root mean square over torch's standard deviation."""
 _PAGES = {"assignment": 1.0, "exceptions": 0.1}
 """Pages of the interpreter's own documentation, real text that is always at hand, and their share of `MAX_PROMPT`."""
@@ -94,14 +94,14 @@ def expectations(
     room = min(MAX_PROMPT, model.config.max_position_embeddings - NUM_GREEDY)
     expected = []
     for page, share in _PAGES.items():
-        ids = tokenizer(pydoc_data.topics.topics[page], add_special_tokens=False)["input_ids"]
-        prompt = np.asarray(ids[: max(2, int(room * share))], np.int64)[None]
+        options = {"add_special_tokens": False, "truncation": True, "max_length": max(2, int(room * share))}
+        prompt = np.asarray(tokenizer(pydoc_data.topics.topics[page], **options)["input_ids"], np.int64)[None]
         expected.append(_expect_decoder(model, prompt) if is_decoder else _expect_encoder(model, prompt, pooling))
     return Expectations(tuple(expected), dummy_inputs(model, task))
 
 
-def verify(folder: Path, expected: Expectations, tolerance: float, threads: int) -> Parity:
-    """Compare the folder with torch and write `parity.json`.
+def verify(folder: Path, expected: Expectations, tolerance: float, threads: int) -> tuple[Parity, Parity]:
+    """Compare the folder with torch and write `parity.json`: (without rounded activations, as shipped).
 
     Where activations are rounded, the tolerance is for the same graph without rounding; the graph that is shipped may
     differ by `ROUNDING_LIMIT`, and what it does is reported. Raises StageFailed beyond either.
@@ -119,9 +119,9 @@ def verify(folder: Path, expected: Expectations, tolerance: float, threads: int)
         what = f"{exact.mismatches} of {exact.num_tokens} greedy tokens differ from torch's"
         raise StageFailed("export-onnx", what, "see parity.json")
     if not shipped.relative_rms <= ROUNDING_LIMIT:
-        what = f"rounded activations move the outputs by {shipped.relative_rms:.2g} of their spread (≤ {ROUNDING_LIMIT:g})"
-        raise StageFailed("export-onnx", what, "leave the worst layers out of the quantize stage, or use int4")
-    return exact
+        what = f"rounded activations move the outputs by {shipped.relative_rms:.2g} of their spread"
+        raise StageFailed("export-onnx", what, f"the limit is {ROUNDING_LIMIT:g}; use int4")
+    return exact, shipped
 
 
 def _expect_decoder(model: PreTrainedModel, prompt: NDArray[np.int64]) -> Expected:
@@ -132,7 +132,8 @@ def _expect_decoder(model: PreTrainedModel, prompt: NDArray[np.int64]) -> Expect
     with torch.inference_mode():
         output = run(input_ids=torch.from_numpy(prompt), use_cache=True)
         outputs = {"logits": output.logits.numpy()}
-        tokens, stepwise = [], [output.logits[0, -1].numpy()]
+        tokens: list[int] = []
+        stepwise = [output.logits[0, -1].numpy()]
         while len(tokens) < NUM_GREEDY:
             tokens.append(int(stepwise[-1].argmax()))
             output = run(input_ids=torch.tensor([tokens[-1:]]), past_key_values=output.past_key_values, use_cache=True)
@@ -174,7 +175,8 @@ def _compare_encoder(onnx: OnnxModel, expected: Expected) -> Parity:
 
 def _compare_decoder(onnx: OnnxModel, expected: Expected, tolerance: float) -> Parity:
     """Each step is fed with torch's token, so that one flip does not hide what follows."""
-    assert expected.tokens_N is not None and expected.stepwise_NV is not None
+    assert expected.tokens_N is not None
+    assert expected.stepwise_NV is not None
     tokens_N, logits_NV = expected.tokens_N, expected.stepwise_NV
     whole, _ = onnx.forward(expected.prompt)
     decoder = onnx.decoder(expected.prompt.shape[1] + len(tokens_N))

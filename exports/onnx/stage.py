@@ -28,14 +28,17 @@ class ExportOnnx(Stage):
     """
 
     name: ClassVar[str] = "export-onnx"
-    summary: ClassVar[str] = "Write an ONNX folder that runs in ONNX Runtime and onnxruntime-genai, checked against torch"
+    summary: ClassVar[str] = "Write a folder that ONNX Runtime and onnxruntime-genai run, checked against torch"
     accepts: ClassVar[frozenset[Format]] = frozenset({"torch", "quantized"})
     returns: ClassVar[Format] = "onnx"
 
     format: Literal["auto", "fp32", "int8", "int4"] = Field(
-        "auto", description="auto: as the artifact is; int8, int4: short for a quantize stage (w8-dynamic, w4-block32) before"
+        "auto",
+        description="auto: as the artifact is; int8, int4: short for a quantize stage before (w8-dynamic, w4-block32)",
     )
-    fused: bool = Field(True, description="ONNX Runtime's fused operators; false: standard operators, left-padded batches")
+    fused: bool = Field(
+        True, description="ONNX Runtime's fused operators; false: standard operators, for left-padded batches"
+    )
     parity_tolerance: float = Field(
         1e-3, gt=0, le=1, description="largest difference of a logit from torch's, activations unrounded"
     )
@@ -67,14 +70,17 @@ class ExportOnnx(Stage):
         with context.reporter.progress("export", 3) as advance:
             expected = self._export(context)
             advance(1, "written")
-            parity = verify(context.out, expected, self.parity_tolerance, context.target.threads)
+            parity, shipped = verify(context.out, expected, self.parity_tolerance, context.target.threads)
             advance(2, "compared")
+        if shipped is not parity:
+            what = "activations are rounded: logits move by %.2g at most, whole against step by step by %.2g"
+            context.reporter.log.info(what, shipped.max_error, shipped.own_step_error)
         seconds = time.perf_counter() - start
         figures = {"parity_max_error": parity.max_error, "greedy_mismatches": float(parity.mismatches)}
         return {"result": {**figures, "export_seconds": seconds}}
 
     def _export(self, context: StageContext) -> Expectations:
-        """Write all files but `parity.json`; what torch computes, for the comparison. Torch's weights are freed here."""
+        """Write all but `parity.json`; what torch computes, for the comparison. Torch's weights are freed here."""
         from compress.exports.onnx.describe import load
         from compress.exports.onnx.encoder import read_pooling
         from compress.exports.onnx.folder import write_folder

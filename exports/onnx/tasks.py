@@ -38,5 +38,5 @@ def dummy_inputs(model: PreTrainedModel, task: str) -> dict[str, NDArray[Any]]:
         generator = MistralDummyPastKeyValuesGenerator if grouped else DummyPastKeyValuesGenerator
         cache = generator(base_task, config, batch_size=1, sequence_length=num_past)
         for layer, pair in enumerate(cache.generate("past_key_values", framework="np")):
-            feeds |= {f"past_key_values.{layer}.{part}": value for part, value in zip(("key", "value"), pair, strict=True)}
+            feeds |= {f"past_key_values.{layer}.key": pair[0], f"past_key_values.{layer}.value": pair[1]}
     return feeds

@@ -54,12 +54,15 @@ class Distill(TrainingOptions, Stage):
     def check(self, model: ModelShape) -> Iterator[Problem]:
         """What does not fit together or does not fit the model or its teacher."""
         yield from self.problems(model)
+        if self.teacher_bits == 4 and (model.hidden_size % 64 or model.intermediate_size % 64):
+            what = f"bitsandbytes's 4 bits take blocks of 64; sizes are {model.hidden_size}, {model.intermediate_size}"
+            yield Problem("teacher_bits", what, "use teacher_bits: 8")
         if self.teacher_model is not None:
             yield from _teacher_problems(self.teacher_model, model)
 
     def twin(self) -> Self:
         """Two steps, and the pipeline's own random twin for a teacher."""
-        return self.model_copy(update={**self.twin_options(), "teacher": self.teacher, "teacher_model": None})
+        return self.model_copy(update={**self.twin_options(), "teacher_model": None, "teacher_bits": None})
 
     def run(self, context: StageContext) -> Metrics:
         """Train, and write the best weights with `history.json`, `loss.png` and `tensorboard/`."""

@@ -78,13 +78,6 @@ def quantised(source: Path, out: Path, scheme_name: str, *, symmetric: bool = Tr
     return out
 
 
-def torch_logits(source: Path, input_ids: np.ndarray) -> np.ndarray:
-    model: Any = load_model(source)
-    with torch.inference_mode():
-        logits: np.ndarray = model(input_ids=torch.from_numpy(input_ids)).logits.numpy()
-    return logits
-
-
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_fp32_is_what_torch_computes(exported: Callable[[str, bool], Path], model_type: str, fused: bool) -> None:
@@ -137,7 +130,7 @@ def test_fused_takes_right_padded_rows(exported: Callable[[str, bool], Path], mo
     for row, length in enumerate(lengths):
         ids[row, :length], mask[row, :length] = PROMPT[0, :length], 1
     padded, _ = onnx_model.forward(ids, mask)
-    last = onnx_model.run({**onnx_model._token_feeds(ids, mask), **no_past(onnx_model, 2)})["logits"]
+    last = onnx_model.run({**onnx_model.token_feeds(ids, mask), **no_past(onnx_model, 2)})["logits"]
     assert last.shape == (2, 1, 512)
     for row, length in enumerate(lengths):
         alone, _ = onnx_model.forward(PROMPT[:, :length])
@@ -186,7 +179,8 @@ def test_encoder_takes_padding_on_either_side(exported: Callable[[str, bool], Pa
     padded = onnx_model.encode(ids, mask)["last_hidden_state"]
     model: Any = load_model(pico("bert"))
     with torch.inference_mode():
-        left = model(input_ids=torch.from_numpy(ids[:, ::-1].copy()), attention_mask=torch.from_numpy(mask[:, ::-1].copy()))
+        turned_ids, turned_mask = (torch.from_numpy(array[:, ::-1].copy()) for array in (ids, mask))
+        left = model(input_ids=turned_ids, attention_mask=turned_mask)
     np.testing.assert_allclose(padded[0, :5], onnx_model.encode(PROMPT[:, :5])["last_hidden_state"][0], atol=1e-4)
     turned = onnx_model.encode(ids[:, ::-1], mask[:, ::-1])["last_hidden_state"]
     np.testing.assert_allclose(turned[0, 12:], left.last_hidden_state[0, 12:].numpy(), atol=1e-4)
@@ -266,7 +260,7 @@ def test_tied_embedding_is_stored_once(exported: Callable[[str, bool], Path], pi
 def test_sentence_embedding(tmp_path: Path) -> None:
     source = make_pico("bert", tmp_path / "source", num_hidden_layers=2)
     (source / "1_Pooling").mkdir()
-    (source / "1_Pooling" / "config.json").write_text('{"word_embedding_dimension": 64, "pooling_mode_mean_tokens": true}')
+    (source / "1_Pooling" / "config.json").write_text('{"pooling_mode_mean_tokens": true}')
     (source / "modules.json").write_text('[{"type": "sentence_transformers.models.Normalize"}]')
     export(source, tmp_path / "out")
     onnx_model = OnnxModel(tmp_path / "out", threads=1)

@@ -36,7 +36,7 @@ def test_searched_scales_are_never_worse_in_any_block(scheme: Scheme, weighted: 
     assert (errors(searched) <= errors(plain) * (1 + 1e-4) + 1e-9).all()
     assert errors(searched).sum() < errors(plain).sum()
     if scheme is W4_BLOCK32:
-        assert (errors(searched) / errors(plain)).mean() < 0.9
+        assert (errors(searched) / errors(plain)).mean() < 0.95
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=lambda s: f"{s.name}-{s.bits}")
@@ -47,7 +47,8 @@ def test_gptq_beats_searched_scales_beat_rounding_on_correlated_inputs(scheme: S
     searched = output_error(weight_NK, quantize(weight_NK, scheme, scales), moment_KK)
     fed_forward = output_error(weight_NK, gptq(weight_NK, scheme, moment_KK), moment_KK)
     assert searched < rounded
-    assert fed_forward < 0.6 * searched
+    assert fed_forward < 0.8 * searched
+    assert output_error(weight_NK, gptq(weight_NK, scheme, moment_KK, shrinkage=0), moment_KK) < 0.6 * searched
 
 
 def test_gptq_of_unrelated_alike_inputs_rounds_to_nearest() -> None:

@@ -21,7 +21,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:The given NumPy array is not wri
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["shared", "handed-on"])
-def folder(request: pytest.FixtureRequest, pico: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(
+    request: pytest.FixtureRequest, pico: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     out = tmp_path_factory.mktemp("session")
     data: Any = None
     inputs = {"input": Artifact(pico("llama"), "torch", "test", "key")}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import signal
 import subprocess
@@ -158,10 +157,3 @@ def test_the_order_is_shuffled_passes():
     assert order[:5] != order[5:10]
     assert order == training_order(5, 12, seed=0)
     assert len(blocks(3)) == 3
-
-
-def test_the_config_is_not_touched(models, tmp_path):
-    train(*models, tmp_path, tokens=2 * 4 * LENGTH)
-    before = json.loads((models[0] / "config.json").read_text())
-    after = json.loads(next(tmp_path.glob("checkpoint-*/config.json")).read_text())
-    assert before == after

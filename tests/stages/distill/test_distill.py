@@ -101,7 +101,7 @@ def test_encoders(architecture, loss, tmp_path):
         role: make_pico("bert", tmp_path / role, seed=seed, architecture=architecture)
         for seed, role in enumerate(("input", "teacher"))
     }
-    metrics = distil(tmp_path, models, loss=loss, learning_rate=1e-2)
+    metrics = distil(tmp_path, models, loss=loss)
     assert metrics["result"]["eval_loss"] < metrics["input"]["eval_loss"]
 
 
@@ -112,7 +112,11 @@ def test_a_bare_encoder_has_no_logits(tmp_path):
 
 
 @pytest.mark.parametrize(("bits", "tolerance"), [(8, 0.05), (4, 0.3)])
-def test_a_quantised_teacher_says_almost_the_same(models, tmp_path, bits, tolerance):
+def test_a_quantised_teacher_says_almost_the_same(tmp_path, bits, tolerance):
+    models = {
+        role: make_pico("llama", tmp_path / role, seed=seed, intermediate_size=128)
+        for seed, role in enumerate(("teacher", "input"))
+    }
     ids = torch.arange(1, 65).reshape(2, 32)
     teacher, quantised = load_teacher(models["teacher"]), load_teacher(models["teacher"], bits)
     names = {type(module).__name__ for module in quantised.modules()}
@@ -155,8 +159,9 @@ def test_what_check_refuses(pico):
     assert wheres(llama, sequence_length=128) == []
     assert wheres(llama, sequence_length=512, loss={"kl": 0}) == ["loss", "sequence_length"]
     assert wheres(llama, batch_size=6, gradient_accumulation_steps=4) == ["gradient_accumulation_steps"]
-    assert wheres(bert, loss={"ce": 1}) == ["loss.ce"]
-    assert wheres(llama, teacher_model="./nowhere") == ["teacher_model"]
+    assert wheres(bert, sequence_length=128, loss={"ce": 1}) == ["loss.ce"]
+    assert wheres(llama, sequence_length=128, teacher_bits=4) == ["teacher_bits"]
+    assert wheres(llama, sequence_length=128, teacher_model="./nowhere") == ["teacher_model"]
     with pytest.raises(ValidationError):
         Distill(loss={"kll": 1})
 

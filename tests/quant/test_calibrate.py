@@ -1,0 +1,50 @@
+"""What calibration sees is what the model computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from compress.models.load import load_model
+from compress.models.parts import Parts
+from compress.quant.calibrate import LayerWalk, Moments
+from pico import MODEL_TYPES, VOCAB_SIZE
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_walking_the_layers_is_running_the_model(model_type: str, pico: Callable[[str], Path]) -> None:
+    parts = Parts(load_model(pico(model_type)))
+    ids_BT = torch.randint(0, VOCAB_SIZE, (5, 16), generator=torch.Generator().manual_seed(0))
+    seen: dict[torch.nn.Module, torch.Tensor] = {}
+
+    def record(module: torch.nn.Module, args: tuple[Any, ...]) -> None:
+        seen[module] = args[0].reshape(-1, args[0].shape[-1])
+
+    last = [module for _, module in parts.projections(parts.layers[-1])]
+    handles = [module.register_forward_pre_hook(record) for module in last]
+    with torch.no_grad():
+        parts.model(ids_BT[:4])
+    for handle in handles:
+        handle.remove()
+
+    walk, moments = LayerWalk(parts, ids_BT, batch_size=2), Moments()  # the fifth row fills no batch
+    for index in range(len(parts.layers) - 1):
+        walk.hidden = walk.forward(index)
+    with moments.watching(last):
+        walk.forward(len(parts.layers) - 1)
+    for module, x_RK in seen.items():
+        torch.testing.assert_close(moments[module], x_RK.T @ x_RK / len(x_RK), rtol=1e-4, atol=1e-5)
+
+
+def test_projections_of_one_input_share_a_moment(pico: Callable[[str], Path]) -> None:
+    parts = Parts(load_model(pico("llama")))
+    named = {module: path.rpartition(".")[2] for path, module in parts.projections(parts.layers[0])}
+    moments = Moments()
+    with moments.watching(list(named)):
+        LayerWalk(parts, torch.zeros(1, 8, dtype=torch.int64)).forward(0)
+    groups = [[named[module] for module in group] for group in moments.groups()]
+    assert groups == [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
