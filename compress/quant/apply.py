@@ -72,8 +72,9 @@ def calibrate_model(
 ) -> Quantized:  # fmt: skip
     """Quantise every target in place, one layer after another on the text `ids_BT` (blocks of token ids).
 
-    Each layer is fitted to what the layers before it, already quantised, hand on. Peak memory beside the model: the
-    text's hidden states and one layer's moments.
+    Each layer is fitted to what the float layers before it hand on: handing on what the quantised ones make takes a
+    second pass and gains nothing that can be measured (benchmarks/results/int4-search_smollm2-135m.md). Peak memory
+    beside the model: the text's hidden states and one layer's moments.
     """
     result = Quantized()
     walk = LayerWalk(parts, ids_BT)
@@ -82,11 +83,10 @@ def calibrate_model(
         modules = {target.module: target for target in targets}
         moments, rounding = Moments(), RoundingErrors(scheme)
         with moments.watching(list(modules)), rounding.watching(list(modules) if scheme.dynamic else []):
-            walk.forward(index)
+            walk.step(index)
         result.rounding |= {target.name: rounding[module] for module, target in modules.items() if scheme.dynamic}
         for group in moments.groups():
             _fit_group([modules[module] for module in group], moments[group[0]], search, weight_only, result)
-        walk.hidden = walk.forward(index)
         advance()
     for target in table_targets(parts, scheme):
         moment_KK = _head_moment(parts, walk.hidden) if _feeds_head(parts, target) else None

@@ -33,12 +33,12 @@ class LayerWalk:
         self.hidden: list[Tensor] = []
         self._capture(parts)
 
-    def forward(self, index: int) -> list[Tensor]:
-        """What layer `index` makes of the hidden states, batch by batch; they stay as they are."""
+    def step(self, index: int) -> None:
+        """Take the hidden states through layer `index`, which must be the next."""
         args, kwargs = self._calls[index]
         with torch.no_grad():
             outputs = [self.layers[index](hidden_BTD, *args, **kwargs) for hidden_BTD in self.hidden]
-        return [output[0] if isinstance(output, tuple) else output for output in outputs]
+        self.hidden = [output[0] if isinstance(output, tuple) else output for output in outputs]
 
     def _capture(self, parts: Parts) -> None:
         def record(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -33,9 +33,9 @@ def test_walking_the_layers_is_running_the_model(model_type: str, pico: Callable
 
     walk, moments = LayerWalk(parts, ids_BT, batch_size=2), Moments()  # the fifth row fills no batch
     for index in range(len(parts.layers) - 1):
-        walk.hidden = walk.forward(index)
+        walk.step(index)
     with moments.watching(last):
-        walk.forward(len(parts.layers) - 1)
+        walk.step(len(parts.layers) - 1)
     for module, x_RK in seen.items():
         torch.testing.assert_close(moments[module], x_RK.T @ x_RK / len(x_RK), rtol=1e-4, atol=1e-5)
 
@@ -45,6 +45,6 @@ def test_projections_of_one_input_share_a_moment(pico: Callable[[str], Path]) ->
     named = {module: path.rpartition(".")[2] for path, module in parts.projections(parts.layers[0])}
     moments = Moments()
     with moments.watching(list(named)):
-        LayerWalk(parts, torch.zeros(1, 8, dtype=torch.int64)).forward(0)
+        LayerWalk(parts, torch.zeros(1, 8, dtype=torch.int64)).step(0)
     groups = [[named[module] for module in group] for group in moments.groups()]
     assert groups == [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
