@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from compress.benchmarks.environment import environment, pick_cpus
-from compress.tables import Table, as_markdown
+from compress.report.tables import Table, as_markdown
 
 _CLI = (sys.executable, "-c", "from compress.cli.main import main; main()")
 

@@ -16,7 +16,7 @@ from compress.benchmarks import quality, report
 from compress.benchmarks.contest import Runtime
 from compress.benchmarks.evaluation import Evaluation
 from compress.benchmarks.quality import Estimate
-from compress.tables import Table, as_markdown
+from compress.report.tables import Table, as_markdown
 
 RUNTIMES: tuple[Runtime, ...] = ("genai", "ort")
 Found = Mapping[Runtime, Mapping[str, Any]]

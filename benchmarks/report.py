@@ -12,7 +12,7 @@ from compress.artifact import Metrics
 from compress.benchmarks.contest import SETTLE_SECONDS, Measured
 from compress.benchmarks.environment import warnings_of
 from compress.benchmarks.timing import ratio, summarise
-from compress.tables import Table, as_markdown
+from compress.report.tables import Table, as_markdown
 
 _WORDS = {
     "ttft_ms": "time to first token, ms", "tpot_ms": "time per token, ms", "latency_ms": "whole forward pass, ms",

@@ -6,7 +6,7 @@ from compress.data.config import DataConfig, Split
 from compress.data.read import read_documents
 from compress.data.text import TextData
 from compress.errors import InvalidInput
-from compress.packages import download
+from compress.fetch.packages import download
 
 
 class OneText(TextData):

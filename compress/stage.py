@@ -35,7 +35,7 @@ class Target(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     provider: Literal["CPUExecutionProvider"] = Field("CPUExecutionProvider", description="ONNX Runtime's name")
-    threads: int = Field(2, ge=1, le=1024, description="intra-op threads, pinned, written into every peer's configuration")
+    threads: int = Field(2, ge=1, le=1024, description="intra-op threads, pinned, the same for every peer")
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from compress.packages import Downloader, Package
+from compress.fetch.packages import Downloader, Package
 
 
 def write_zip(archive: Path, members: Mapping[str, bytes]) -> Path:

@@ -33,6 +33,7 @@ _OWN: dict[str, dict[str, Any]] = {
 @cache
 def _tokenizer() -> Any:
     import pydoc_data.topics as topics
+
     from tokenizers import ByteLevelBPETokenizer
     from transformers import PreTrainedTokenizerFast
 

@@ -23,7 +23,7 @@ def check(
 
     Exit status 0 where the file is valid, 2 where it is not: one line for each problem, `where: what; what to do`.
     """
-    from compress.check import check_file
+    from compress.pipeline.check import check_file
 
     found = check_file(pipeline)
     for note in found.notes:

@@ -20,10 +20,10 @@ def compare(
 
     Times are comparable only where both runs measured on the same machine with the same threads.
     """
-    from compress.figures import figures_of
-    from compress.record import load_record
-    from compress.require import RESULT
-    from compress.tables import comparison_table
+    from compress.pipeline.require import RESULT
+    from compress.report.figures import figures_of
+    from compress.report.tables import comparison_table
+    from compress.runner.record import load_record
 
     first, second = (load_record(find_run(run, runs)) for run in (a, b))
     if not json:

@@ -35,7 +35,7 @@ def evaluate(
         compress eval runs/quickstart/07-export-onnx-…  --text novel.txt --against models/smollm2
     """
     from compress.cli.screen import print_json, print_table, reporting
-    from compress.tables import Table
+    from compress.report.tables import Table
 
     for place in filter(None, (folder, against)):
         if not place.is_dir():

@@ -46,9 +46,9 @@ def gc(
 
 def unreferenced(run_dir: Path) -> list[Path]:
     """The stage directories in `run_dir` that its record does not name; none where a run is in progress."""
-    from compress.lock import is_locked
-    from compress.plan import stage_directories
-    from compress.record import RECORD, load_record
+    from compress.runner.lock import is_locked
+    from compress.runner.plan import stage_directories
+    from compress.runner.record import RECORD, load_record
 
     if not (run_dir / RECORD).is_file() or is_locked(run_dir):
         return []

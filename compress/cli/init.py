@@ -24,7 +24,7 @@ def init(
     """
     from compress.models.anatomy import shape_of
     from compress.models.sources import parse_source
-    from compress.starter import starter
+    from compress.pipeline.starter import starter
 
     config = parse_source(model, "MODEL").config()
     shape = None if config is None else shape_of(config, "MODEL")

@@ -10,9 +10,9 @@ from compress.cli.options import RUNS, JsonOption, PipelineArgument, RunsOption
 from compress.cli.screen import print_json, print_line, print_table, reporting
 
 if TYPE_CHECKING:
-    from compress.estimate import Estimate
-    from compress.plan import Step
-    from compress.tables import Table
+    from compress.report.tables import Table
+    from compress.runner.estimate import Estimate
+    from compress.runner.plan import Step
 
 
 def plan(
@@ -28,10 +28,10 @@ def plan(
     Then the whole pipeline is run on a random twin of the model with a few layers, in a temporary folder, so that an
     export that can't work fails now and not after hours of training. Nothing is written to the run directory.
     """
-    from compress.check import valid_pipeline
-    from compress.estimate import estimate
-    from compress.prepare import prepare
-    from compress.twin import try_twin
+    from compress.pipeline.check import valid_pipeline
+    from compress.runner.estimate import estimate
+    from compress.runner.prepare import prepare
+    from compress.runner.twin import try_twin
 
     loaded = valid_pipeline(pipeline)
     with reporting() as reporter:
@@ -61,7 +61,7 @@ def _as_json(step: Step, estimate: Estimate) -> dict[str, Any]:
 
 
 def _table(name: str, steps: tuple[Step, ...], estimates: dict[str, Estimate]) -> Table:
-    from compress.tables import Table
+    from compress.report.tables import Table
 
     rows = []
     for step in steps:

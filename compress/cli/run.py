@@ -30,10 +30,10 @@ def run(
 
     Exit status: 0 done; 1 a stage failed; 2 invalid input, nothing ran; 3 a requirement was missed; 130 interrupted.
     """
-    from compress.check import valid_pipeline
     from compress.cli.show import as_json, print_run
-    from compress.record import State
-    from compress.run import run_pipeline
+    from compress.pipeline.check import valid_pipeline
+    from compress.runner.record import State
+    from compress.runner.run import run_pipeline
     from compress.train.distributed import follow, is_follower, release
 
     if is_follower():

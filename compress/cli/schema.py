@@ -17,6 +17,6 @@ def schema() -> None:
 
         # yaml-language-server: $schema=pipeline.schema.json
     """
-    from compress.schema import file_schema
+    from compress.pipeline.schema import file_schema
 
     typer.echo(json.dumps(file_schema(), indent=1))

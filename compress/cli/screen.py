@@ -15,7 +15,7 @@ from compress.stage import Progress, Reporter
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from compress.tables import Table
+    from compress.report.tables import Table
 
 
 def print_json(value: object) -> None:

@@ -9,7 +9,7 @@ from compress.cli.options import RUNS, JsonOption, RunArgument, RunsOption, find
 from compress.cli.screen import print_json, print_line, print_table
 
 if TYPE_CHECKING:
-    from compress.record import RunRecord
+    from compress.runner.record import RunRecord
 
 
 def show(run: RunArgument, runs: RunsOption = RUNS, json: JsonOption = False) -> None:
@@ -17,7 +17,7 @@ def show(run: RunArgument, runs: RunsOption = RUNS, json: JsonOption = False) ->
 
     With --json: the whole of run.json, the figures by subject, and the folder to deploy.
     """
-    from compress.record import load_record
+    from compress.runner.record import load_record
 
     run_dir = find_run(run, runs)
     record = load_record(run_dir)
@@ -29,7 +29,7 @@ def show(run: RunArgument, runs: RunsOption = RUNS, json: JsonOption = False) ->
 
 def as_json(record: RunRecord, run_dir: Path) -> dict[str, Any]:
     """A run for programs: `run.json` with `figures` (by subject and name) and `deploy` (a path, or null)."""
-    from compress.figures import figures_of
+    from compress.report.figures import figures_of
 
     deploy = None if record.deploy is None else str(run_dir / record.deploy.directory)
     return {**record.model_dump(mode="json"), "figures": figures_of(record), "deploy": deploy}
@@ -37,8 +37,8 @@ def as_json(record: RunRecord, run_dir: Path) -> dict[str, Any]:
 
 def print_run(record: RunRecord, run_dir: Path) -> None:
     """A run for people."""
-    from compress.record import State
-    from compress.tables import result_table, stages_table
+    from compress.report.tables import result_table, stages_table
+    from compress.runner.record import State
 
     print_table(result_table(record))
     print_table(stages_table(record))

@@ -28,7 +28,7 @@ def stages(
     from compress.registry import did_you_mean, stage_class, stage_names
 
     if matrix:
-        from compress.matrix import as_markdown, cells
+        from compress.pipeline.matrix import as_markdown, cells
 
         found = cells()
         typer.echo(json.dumps([cell.to_json() for cell in found], indent=1) if as_json else as_markdown(found))
@@ -106,7 +106,7 @@ def _listing(described: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
 
 def _page(stage: Mapping[str, Any]) -> Iterator[str]:
-    from compress.document import shown
+    from compress.pipeline.document import shown
 
     yield f"{stage['name']}: {stage['summary']}\n"
     yield f"{fill(stage['about'], 110)}\n"

@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
 
 from compress.errors import InvalidInput, Problem
-from compress.packages import SCHEMES, Package
+from compress.fetch.packages import SCHEMES, Package
 from compress.registry import did_you_mean
 
 PYTHON_DOCS = "python-docs"

@@ -11,7 +11,7 @@ from typing import Any
 
 from compress.data.read import files_of, json_line, text_of
 from compress.errors import StageFailed
-from compress.packages import Downloader, download
+from compress.fetch.packages import Downloader, download
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from compress.cache import ensure
 from compress.data.config import HUB, PYTHON_DOCS, DatasetSpec, FileSpec, text_files
 from compress.errors import StageFailed
-from compress.packages import SCHEMES, Downloader, Package, fetch
+from compress.fetch.cache import ensure
+from compress.fetch.packages import SCHEMES, Downloader, Package, fetch
 
 
 def read_documents(specs: Sequence[str | FileSpec | DatasetSpec], where: str, download: Downloader) -> list[str]:

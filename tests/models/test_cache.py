@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from compress.cache import ensure, entry_path, file_sha256, finished
 from compress.errors import CompressError
+from compress.fetch.cache import ensure, entry_path, file_sha256, finished
 
 
 def slow_build(out: Path) -> dict[str, int]:
@@ -102,9 +102,9 @@ def test_a_digest_is_remembered_until_the_file_changes(tmp_path: Path, monkeypat
     file = tmp_path / "weights"
     file.write_text("one")
     young = file_sha256(file)
-    monkeypatch.setattr("compress.cache._RACY_NS", -1)
+    monkeypatch.setattr("compress.fetch.cache._RACY_NS", -1)
     assert file_sha256(file) == young
-    monkeypatch.setattr("compress.cache._sha256", lambda file: "computed again")
+    monkeypatch.setattr("compress.fetch.cache._sha256", lambda file: "computed again")
     assert file_sha256(file) == young
     file.write_text("two")  # the same size
     assert file_sha256(file) == "computed again"

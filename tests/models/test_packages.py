@@ -6,7 +6,7 @@ import pytest
 from packed import Registry
 
 from compress.errors import CompressError, InvalidInput
-from compress.packages import Package, download, fetch
+from compress.fetch.packages import Package, download, fetch
 
 PIN = "ab" * 32
 

@@ -7,8 +7,8 @@ import os
 from html import escape
 from pathlib import Path
 
-from compress.record import RunRecord, State
-from compress.tables import Table, as_markdown, result_table, stages_table
+from compress.report.tables import Table, as_markdown, result_table, stages_table
+from compress.runner.record import RunRecord, State
 
 MARKDOWN, HTML, PLOTS = "report.md", "report.html", "plots"
 _VECTOR_FLAGS = ("avx", "amx", "asimd", "neon", "sve")
@@ -25,7 +25,7 @@ img { max-width: 100% } pre { background: #f4f6f8; padding: 1rem; overflow-x: au
 
 def write_report(run_dir: Path, record: RunRecord) -> None:
     """Write `report.md`, `report.html` (which needs no other file) and the plots to `run_dir`."""
-    from compress.plots import draw
+    from compress.report.plots import draw
 
     plots = [*draw(record, run_dir / PLOTS), *_stage_plots(run_dir, record)]
     _put(run_dir / MARKDOWN, _markdown(run_dir, record, plots))

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from compress.errors import CompressError, InvalidInput
-from compress.execute import Setting, execute
-from compress.graph import Graph
-from compress.journal import Journal, blank_record
 from compress.models.anatomy import shape_of
 from compress.models.sources import source_artifact
-from compress.plan import make_plan
-from compress.prepare import Prepared
+from compress.pipeline.graph import Graph
+from compress.runner.execute import Setting, execute
+from compress.runner.journal import Journal, blank_record
+from compress.runner.plan import make_plan
+from compress.runner.prepare import Prepared
 from compress.stage import Reporter
 
 NUM_LAYERS = 4
@@ -32,8 +32,8 @@ WIDTH_STEP = 32
 def try_twin(prepared: Prepared) -> None:
     """Run every stage's `twin()` on a twin of the source, in a temporary folder.
 
-    The twin keeps the source's heads, vocabulary and tokenizer, is shallow and narrow, and reads the pipeline's own text. Raises InvalidInput
-    naming the stage that failed; bugs keep their traceback.
+    The twin keeps the source's heads, vocabulary and tokenizer, is shallow and narrow, and reads the pipeline's own
+    text. Raises InvalidInput naming the stage that failed; bugs keep their traceback.
     """
     with tempfile.TemporaryDirectory(prefix="compress-twin-") as temporary:
         run_dir = Path(temporary) / "run"

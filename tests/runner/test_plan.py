@@ -15,10 +15,10 @@ from safetensors.numpy import save_file
 
 from compress.errors import CompressError
 from compress.hardware import Machine
-from compress.plan import stage_key
+from compress.runner.plan import stage_key
+from compress.runner.twin import twin_config
+from compress.runner.weights import count_parameters, own_figures
 from compress.stage import Target
-from compress.twin import twin_config
-from compress.weights import count_parameters, own_figures
 
 SHRINK, MEASURE = fakes.FakeShrink(), fakes.FakeMeasure()
 KEYS = {"input": "a" * 64, "teacher": "b" * 64}
@@ -57,7 +57,7 @@ def test_what_does_not_matter_does_not_change_the_key(monkeypatch: pytest.Monkey
     assert key(inputs=dict(reversed(KEYS.items()))) == key()
     assert key(MEASURE, seed=1) == key(MEASURE)  # not seeded
     slower = stage_key(SHRINK, KEYS, data=DATA, seed=0, target=Target(threads=7))
-    monkeypatch.setattr("compress.plan.this_machine", lambda: Machine("other", (), 1, 1.0, "Linux"))
+    monkeypatch.setattr("compress.runner.plan.this_machine", lambda: Machine("other", (), 1, 1.0, "Linux"))
     assert slower == key()  # measures nothing
 
 
@@ -65,9 +65,9 @@ def test_a_measurement_belongs_to_machine_target_and_runtime(monkeypatch: pytest
     before = key(MEASURE)
     assert stage_key(MEASURE, KEYS, data=DATA, seed=0, target=Target(threads=7)) != before
     with monkeypatch.context() as patch:
-        patch.setattr("compress.plan.this_machine", lambda: Machine("other", (), 1, 1.0, "Linux"))
+        patch.setattr("compress.runner.plan.this_machine", lambda: Machine("other", (), 1, 1.0, "Linux"))
         assert key(MEASURE) != before
-    monkeypatch.setattr("compress.plan.version", lambda package: "0.0")
+    monkeypatch.setattr("compress.runner.plan.version", lambda package: "0.0")
     assert key(MEASURE) != before
 
 
@@ -75,16 +75,27 @@ def test_keys_are_the_same_in_every_process() -> None:
     code = "import test_plan; print(test_plan.key(test_plan.MEASURE), test_plan.key())"
     for hash_seed in ("1", "2"):
         done = subprocess.run(
-            [sys.executable, "-c", code], cwd=Path(__file__).parent, env={"PYTHONHASHSEED": hash_seed},
+            [sys.executable, "-c", code], cwd=Path(__file__).parent,
+            env={"PYTHONHASHSEED": hash_seed, "PYTHONPATH": f"{Path(__file__).parents[1]}"},
             capture_output=True, text=True, check=True,
         )  # fmt: skip
         assert done.stdout.split() == [key(MEASURE), key()]
 
 
-def test_the_twin_config_cuts_every_list_with_an_entry_a_layer() -> None:
-    config = {"num_hidden_layers": 6, "layer_types": ["full_attention"] * 6, "eos_token_id": [1, 2], "hidden_size": 8}
-    assert twin_config(config) == {**config, "num_hidden_layers": 4, "layer_types": ["full_attention"] * 4}
-    assert twin_config({"n_layer": 2}) == {"n_layer": 2}
+def test_the_twin_config_is_shallow_and_narrow_with_whole_heads() -> None:
+    config = {
+        "model_type": "llama", "num_hidden_layers": 6, "hidden_size": 576, "intermediate_size": 1500,
+        "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 99, "head_dim": 64, "eos_token_id": [1, 2],
+        "layer_types": ["full_attention"] * 6,
+    }  # fmt: skip
+    narrow = {"hidden_size": 288, "intermediate_size": 768, "head_dim": 32}
+    shallow = {"num_hidden_layers": 4, "layer_types": ["full_attention"] * 4}
+    assert twin_config(config) == {**config, **narrow, **shallow}
+
+
+def test_a_small_model_is_its_own_twin() -> None:
+    config = {"model_type": "gpt2", "n_layer": 2, "n_embd": 64, "n_head": 2, "vocab_size": 99}
+    assert twin_config(config) == config
 
 
 def test_parameters_are_counted_from_the_header(tmp_path: Path) -> None:

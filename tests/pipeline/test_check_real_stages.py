@@ -12,16 +12,16 @@ from typing import Any
 import pytest
 import yaml
 
-from compress.check import check_file
 from compress.cli.main import main
 from compress.cli.stages import describe
-from compress.matrix import as_markdown, cells
 from compress.models.anatomy import FAMILIES, shape_of
+from compress.pipeline.check import check_file
+from compress.pipeline.matrix import as_markdown, cells
+from compress.pipeline.schema import file_schema
+from compress.pipeline.starter import run_name, starter
 from compress.registry import stage_class, stage_names
-from compress.schema import file_schema
-from compress.starter import run_name, starter
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 FILES = sorted([*ROOT.glob("tests/pipelines/*.yaml"), *ROOT.glob("pipelines/*.yaml")])
 HEAVY = ("torch", "transformers", "numpy", "onnx", "onnxruntime", "datasets", "huggingface_hub", "scipy", "matplotlib")
 MODEL_TYPES = [model_type for family in FAMILIES for model_type in family.model_types]

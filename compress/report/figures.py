@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from compress.record import RunRecord, StageRecord
-from compress.require import MODEL_FIGURES, RESULT
+from compress.pipeline.require import MODEL_FIGURES, RESULT
+from compress.runner.record import RunRecord, StageRecord
 from compress.stage import INPUT, SOURCE
 
 MEASUREMENT = "measurement"

@@ -12,11 +12,11 @@ import pytest
 
 from compress import registry
 from compress.errors import InvalidInput
-from compress.pipeline import load_pipeline
-from compress.record import State, load_record
-from compress.run import run_pipeline
+from compress.pipeline.file import load_pipeline
+from compress.runner.record import State, load_record
+from compress.runner.run import run_pipeline
+from compress.runner.twin import write_twin
 from compress.stage import Reporter
-from compress.twin import write_twin
 
 Pico = Callable[[str], Path]
 
@@ -57,7 +57,7 @@ def test_the_twin_is_run_once_for_a_plan_and_not_when_nothing_is_to_be_trained(
     pico: Pico, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tried: list[str] = []
-    monkeypatch.setattr("compress.run.try_twin", lambda prepared: tried.append(prepared.plan.digest))
+    monkeypatch.setattr("compress.runner.run.try_twin", lambda prepared: tried.append(prepared.plan.digest))
     assert run(tmp_path, pico("llama")) is State.DONE
     assert len(tried) == 1
     record = json.loads((tmp_path / "runs/pico/run.json").read_text())

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from compress.archive import unpack
 from compress.errors import CompressError, InvalidInput
+from compress.fetch.archive import unpack
 
 SCHEMES = ("pypi://", "npm://")
 

@@ -15,7 +15,7 @@ from typing import Any
 import fakes
 import pytest
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 
 
 @pytest.fixture

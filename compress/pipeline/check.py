@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from compress.errors import InvalidInput, Problem
-from compress.graph import Graph, build_graph
 from compress.models.anatomy import ModelShape, shape_of
 from compress.models.sources import parse_source
-from compress.pipeline import Draft, Pipeline, in_order, load_pipeline, read_draft
-from compress.require import measured_early, unproven
+from compress.pipeline.file import Draft, Pipeline, in_order, load_pipeline, read_draft
+from compress.pipeline.graph import Graph, build_graph
+from compress.pipeline.require import measured_early, unproven
 
 
 @dataclass(frozen=True)

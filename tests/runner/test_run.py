@@ -16,10 +16,10 @@ import pytest
 from compress import registry
 from compress.cli.gc import unreferenced
 from compress.errors import CompressError, ExitCode, InvalidInput
-from compress.lock import locked
-from compress.pipeline import load_pipeline
-from compress.record import RunRecord, State, load_record
-from compress.run import run_pipeline
+from compress.pipeline.file import load_pipeline
+from compress.runner.lock import locked
+from compress.runner.record import RunRecord, State, load_record
+from compress.runner.run import run_pipeline
 from compress.stage import Reporter
 
 Run = Callable[..., RunRecord]
@@ -162,7 +162,7 @@ def test_a_full_disk_outside_a_stage_is_one_message(run: Run, monkeypatch: pytes
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("compress.run.write_report", full)
+    monkeypatch.setattr("compress.runner.run.write_report", full)
     with pytest.raises(CompressError, match="no space is left on the disk"):
         run()
 
@@ -171,7 +171,7 @@ def test_an_estimate_that_does_not_fit_is_refused_before_anything_runs(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=100)
-    monkeypatch.setattr("compress.estimate.shutil.disk_usage", lambda path: usage)
+    monkeypatch.setattr("compress.runner.estimate.shutil.disk_usage", lambda path: usage)
     with pytest.raises(InvalidInput, match="MB free, and the run needs about"):
         run()
     assert not list((tmp_path / "runs/pico").glob("01-*"))

@@ -7,9 +7,9 @@ from typing import Any
 
 from pydantic.json_schema import models_json_schema
 
-from compress.pipeline import ID_PATTERN, PipelineFile
+from compress.pipeline.file import ID_PATTERN, PipelineFile
+from compress.pipeline.require import COMPARISON_PATTERN
 from compress.registry import stage_class, stage_names
-from compress.require import COMPARISON_PATTERN
 from compress.stage import Stage
 
 _DIALECT = "https://json-schema.org/draft/2020-12/schema"

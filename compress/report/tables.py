@@ -6,9 +6,9 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from compress.figures import Figures, figures_of, stage_lines
-from compress.record import RunRecord
-from compress.require import RESULT
+from compress.pipeline.require import RESULT
+from compress.report.figures import Figures, figures_of, stage_lines
+from compress.runner.record import RunRecord
 from compress.stage import SOURCE
 
 _LABELS = {

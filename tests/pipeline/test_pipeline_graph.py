@@ -9,10 +9,10 @@ import pytest
 from fake_stages import Pack, Round, fakes  # noqa: F401 (fakes is a fixture)
 
 from compress.errors import InvalidInput
-from compress.graph import Graph, resolve
 from compress.models.anatomy import shape_of
-from compress.pipeline import Pipeline, load_pipeline
-from compress.require import measured_early, parse_requirement
+from compress.pipeline.file import Pipeline, load_pipeline
+from compress.pipeline.graph import Graph, resolve
+from compress.pipeline.require import measured_early, parse_requirement
 from compress.stage import INPUT, SOURCE
 
 pytestmark = pytest.mark.usefixtures("fakes")

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from compress.figures import Figures, figures_of, stage_lines
-from compress.record import RunRecord
-from compress.require import RESULT
+from compress.pipeline.require import RESULT
+from compress.report.figures import Figures, figures_of, stage_lines
+from compress.runner.record import RunRecord
 from compress.stage import SOURCE
 
 PANEL_INCHES = (4.6, 3.2)

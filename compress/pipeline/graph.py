@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from compress.artifact import Format
-from compress.document import shown
 from compress.errors import InvalidInput, Problem
 from compress.models.anatomy import ModelShape
-from compress.pipeline import Entry, Pipeline, in_order
+from compress.pipeline.document import shown
+from compress.pipeline.file import Entry, Pipeline, in_order
+from compress.pipeline.require import unproven
 from compress.registry import did_you_mean, stage_class, stage_names
-from compress.require import unproven
 from compress.stage import INPUT, SOURCE, Ref, Stage
 
 

@@ -11,12 +11,12 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from compress.data.config import DataConfig
-from compress.document import Document, read_document, shown
 from compress.errors import InvalidInput, Problem
+from compress.pipeline.document import Document, read_document, shown
+from compress.pipeline.require import RESULT, Requirement, parse_requirement
+from compress.pipeline.wording import located, validate
 from compress.registry import did_you_mean, stage_class, stage_names
-from compress.require import RESULT, Requirement, parse_requirement
 from compress.stage import INPUT, SOURCE, Stage, Target
-from compress.wording import located, validate
 
 ID_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 RESERVED_IDS = frozenset({SOURCE, f"{SOURCE}-int4", INPUT, RESULT})

@@ -11,9 +11,9 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from typing import Any, Literal, get_args, get_origin
 
-from compress.graph import build_graph
 from compress.models.anatomy import FAMILIES, ModelShape, family_of, shape_of
-from compress.pipeline import Entry
+from compress.pipeline.file import Entry
+from compress.pipeline.graph import build_graph
 from compress.registry import stage_class, stage_names
 from compress.stage import Stage
 

@@ -11,11 +11,11 @@ from pathlib import Path
 
 from compress.artifact import Artifact
 from compress.data.text import TextData, check_tokenizer
-from compress.graph import Graph, resolve
 from compress.models.anatomy import ModelShape, shape_of
 from compress.models.sources import Source, parse_source, source_artifact
-from compress.pipeline import Pipeline
-from compress.plan import Plan, make_plan
+from compress.pipeline.file import Pipeline
+from compress.pipeline.graph import Graph, resolve
+from compress.runner.plan import Plan, make_plan
 from compress.stage import Reporter
 
 

@@ -17,9 +17,9 @@ from compress.models.anatomy import ModelShape
 from compress.stage import INPUT, SOURCE, Stage
 
 if TYPE_CHECKING:
-    from compress.graph import GraphNode
-    from compress.plan import Step
-    from compress.prepare import Prepared
+    from compress.pipeline.graph import GraphNode
+    from compress.runner.plan import Step
+    from compress.runner.prepare import Prepared
 
 GFLOPS_PER_CPU = 25.0
 """Sustained fp32 speed of one CPU in these models' training and evaluation (measured: 20 to 40)."""

@@ -15,12 +15,12 @@ from fake_stages import fakes  # noqa: F401 (a fixture)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from compress.check import check_file
 from compress.data import config as data_config
 from compress.errors import InvalidInput
-from compress.graph import resolve
 from compress.models.anatomy import shape_of
-from compress.pipeline import load_pipeline
+from compress.pipeline.check import check_file
+from compress.pipeline.file import load_pipeline
+from compress.pipeline.graph import resolve
 
 pytestmark = pytest.mark.usefixtures("fakes", "no_folders")
 

@@ -8,21 +8,21 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from compress.errors import InvalidInput
-from compress.estimate import check_disk, estimate, todo_estimates
-from compress.execute import Setting, disk_explained, execute, undo
-from compress.figures import figures_of
-from compress.journal import Journal, blank_record
-from compress.lock import locked
-from compress.logs import logged, terminable
-from compress.pipeline import Pipeline
-from compress.plan import Plan
-from compress.prepare import Prepared, prepare
-from compress.record import RunRecord, State, VerdictRecord, load_record
-from compress.report import has_report, write_report
-from compress.require import Requirement
+from compress.pipeline.file import Pipeline
+from compress.pipeline.require import Requirement
+from compress.report.figures import figures_of
+from compress.report.write import has_report, write_report
+from compress.runner.estimate import check_disk, estimate, todo_estimates
+from compress.runner.execute import Setting, disk_explained, execute, undo
+from compress.runner.journal import Journal, blank_record
+from compress.runner.lock import locked
+from compress.runner.logs import logged, terminable
+from compress.runner.plan import Plan
+from compress.runner.prepare import Prepared, prepare
+from compress.runner.record import RunRecord, State, VerdictRecord, load_record
+from compress.runner.twin import try_twin
+from compress.runner.weights import own_figures
 from compress.stage import Reporter
-from compress.twin import try_twin
-from compress.weights import own_figures
 
 PIPELINE = "pipeline.yaml"
 

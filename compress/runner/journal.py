@@ -7,9 +7,9 @@ from pathlib import Path
 
 from compress.artifact import Artifact
 from compress.hardware import git_commit, this_machine, versions
-from compress.pipeline import Pipeline
-from compress.plan import Plan
-from compress.record import RunRecord, SourceRecord, StageRecord, State
+from compress.pipeline.file import Pipeline
+from compress.runner.plan import Plan
+from compress.runner.record import RunRecord, SourceRecord, StageRecord, State
 
 MAKING = "making"
 """The subject, in an artifact's metrics, of what it took to make it: `seconds` and `peak_rss_mb`."""

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Literal, cast
 
 from pydantic import ValidationError
 
-from compress.document import shown
 from compress.errors import InvalidInput, Problem
+from compress.pipeline.document import shown
 from compress.registry import did_you_mean, stage_class, stage_names
 from compress.stage import INPUT, SOURCE
 
 if TYPE_CHECKING:
-    from compress.graph import Graph
+    from compress.pipeline.graph import Graph
 
 Operator = Literal["<=", ">=", "<", ">"]
 RESULT = "result"

@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from compress.document import Steps, shown
 from compress.errors import Problem
+from compress.pipeline.document import Steps, shown
 from compress.registry import did_you_mean
 
 _MISSING = "is missing"

@@ -15,12 +15,12 @@ from compress.artifact import CHECKPOINTS, MANIFEST, Artifact, Metrics, finish, 
 from compress.data.text import TextData
 from compress.errors import CompressError
 from compress.hardware import PeakMemory
-from compress.journal import MAKING, Journal, recorded
-from compress.plan import Plan, Step
-from compress.record import State
-from compress.require import RESULT
+from compress.pipeline.require import RESULT
+from compress.runner.journal import MAKING, Journal, recorded
+from compress.runner.plan import Plan, Step
+from compress.runner.record import State
+from compress.runner.weights import own_figures
 from compress.stage import INPUT, SOURCE, Reporter, StageContext, Target
-from compress.weights import own_figures
 
 _FULL_DISK = ("No space left on device", "StorageFull", "os error 28")
 

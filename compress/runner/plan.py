@@ -23,7 +23,7 @@ from compress.stage import SOURCE, Stage, Target
 
 if TYPE_CHECKING:
     from compress.data.text import TextData
-    from compress.graph import Graph, GraphNode
+    from compress.pipeline.graph import Graph, GraphNode
 
 KEY_LENGTH = 12
 """Hexadecimal digits of a key in a directory's name; the whole key is in `artifact.json`."""
