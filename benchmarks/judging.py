@@ -53,10 +53,9 @@ def judge(
 
 
 def _with_edges(blocks_NT: Ints, tokenizer: PreTrainedTokenizerBase) -> Ints:
-    """Each block between an encoder's first and last token."""
-    edges = np.array([tokenizer.cls_token_id, tokenizer.sep_token_id], np.int64)
-    first_N1, last_N1 = np.broadcast_to(edges, (len(blocks_NT), 2)).T[..., None]
-    return np.concatenate([first_N1, blocks_NT, last_N1], axis=1)
+    """Each block between an encoder's first and last token, where its tokenizer has them."""
+    first, last = ([] if edge is None else [edge] for edge in (tokenizer.cls_token_id, tokenizer.sep_token_id))
+    return np.array([[*first, *block_T, *last] for block_T in blocks_NT], np.int64)
 
 
 def _same_tokenizer_file(first: Path, second: Path) -> bool:

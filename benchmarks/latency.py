@@ -33,6 +33,7 @@ class Latency(Stage):
     accepts: ClassVar[frozenset[Format]] = frozenset({"onnx"})
     returns: ClassVar[Format] = "measurement"
     measures_hardware: ClassVar[bool] = True
+    example: ClassVar[Mapping[str, Any]] = {"prompts": [64]}
 
     prompts: tuple[Count, ...] = Field((128, 1024), min_length=1, description="prompt lengths in tokens")
     batch_sizes: tuple[Count, ...] = Field((1,), min_length=1, description="rows that are run at once")

@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from pico import MODEL_TYPES
 
 from compress.models.anatomy import FAMILIES
 from compress.pipeline.check import valid_pipeline
@@ -19,6 +18,7 @@ from compress.runner.journal import Journal, blank_record
 from compress.runner.plan import Plan, make_plan
 from compress.runner.prepare import prepare
 from compress.stage import Reporter
+from pico import MODEL_TYPES
 
 
 def test_the_matrix_has_a_row_for_every_supported_model_type() -> None:

@@ -32,7 +32,9 @@ class TrainingOptions(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    loss: LossWeights = Field(LossWeights.model_validate({}), description="weights: kl, ce, hidden, skew_kl")
+    loss: LossWeights = Field(
+        LossWeights.model_validate({}), description="weights of the losses; left out: kl 1, or hidden 1 without a head"
+    )
     temperature: float = Field(1.0, gt=0, le=100, description="softens both distributions in `kl`")
     hidden_distance: Literal["cosine", "mse"] = Field("cosine", description="1 − cosine, or ‖s−t‖²/‖t‖² per token")
     tokens: int = Field(100_000, ge=1, description="budget: at most so many tokens are trained on (at least one step)")

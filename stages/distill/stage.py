@@ -13,7 +13,7 @@ from compress.artifact import Format, Metrics
 from compress.errors import InvalidInput, Problem, StageFailed
 from compress.models.anatomy import ModelShape
 from compress.stage import SOURCE, Ref, Reporter, Stage, StageContext
-from compress.train.options import TrainingOptions
+from compress.train.options import LossWeights, TrainingOptions
 
 if TYPE_CHECKING:
     import numpy as np
@@ -132,12 +132,22 @@ def train_student(job: Job, reporter: Reporter) -> tuple[PreTrainedModel, Outcom
 
     student = load_model(job.student)
     teacher = load_teacher(job.teacher, job.options.teacher_bits) if job.teacher else None
+    options = _with_fitting_loss(job.options, has_logits=bool(Parts(student).prefix))
     layers: list[tuple[int, int]] = []
     if teacher is not None:
         num_student, num_teacher = len(Parts(student).layers), len(Parts(teacher).layers)
         layers = list(layer_map(num_student, num_teacher, dropped_layers(job.student)))
-    outcome = recover(student, teacher, job.train_NT, job.eval_NT, job.options, layers, job.work, job.seed, reporter)
+    outcome = recover(student, teacher, job.train_NT, job.eval_NT, options, layers, job.work, job.seed, reporter)
     return student, outcome
+
+
+def _with_fitting_loss(options: Distill, *, has_logits: bool) -> Distill:
+    """A backbone without a head has no logits to compare: where no loss was asked for, its layers are."""
+    if has_logits or not (options.loss.kl or options.loss.skew_kl or options.loss.ce):
+        return options
+    if "loss" in options.model_fields_set:
+        raise StageFailed("loss", "the model is a backbone without logits", "use loss: {kl: 0, hidden: 1}")
+    return options.model_copy(update={"loss": LossWeights(kl=0, ce=0, hidden=1, skew_kl=0)})
 
 
 def _teacher_problems(text: str, model: ModelShape) -> Iterator[Problem]:
