@@ -36,6 +36,7 @@ from compress.train.losses import cross_entropy, forward_kl
 from compress.train.options import TrainingOptions
 from compress.train.teacher import layer_map
 
+SCORE_TOKENS = 1024
 FIGURES = ("kl", "top1_agreement", "ce")
 METHODS: Mapping[str, tuple[bool, Mapping[str, float]]] = {
     "truncated": (False, {}),
@@ -82,7 +83,7 @@ class Bench:
         if loss:
             layers = layer_map(total - row.num_dropped, total, dropped)
             options = TrainingOptions(**{**self.options.model_dump(), "loss": loss})
-            own_eval = next(iter(self.judged.values()))[:2]  # chooses nothing: only the last step is evaluated
+            own_eval = next(iter(self.judged.values()))[:2]  # the last step or, if it made things worse, none
             recover(student, self.teacher, self.train_NT, own_eval, options, layers, work, row.seed, Reporter())
         seconds = time.monotonic() - started
         student.train(False)
@@ -93,11 +94,16 @@ class Bench:
 def layers_to_drop(
     teacher: PreTrainedModel, train_NT: Ids, by: scores.Score, nums: Sequence[int], file: Path
 ) -> dict[int, Sequence[int]]:
-    """The layers that score `by` says to drop, by their number, read on 2048 tokens; kept in `file`."""
+    """The layers that score `by` says to drop, by their number, read on SCORE_TOKENS tokens; kept in `file`."""
     if not file.exists():
-        batches = scores.batches_of(torch.from_numpy(train_NT[: max(1, 2048 // train_NT.shape[1])]))
+        parts = Parts(teacher)
+        batches = scores.batches_of(torch.from_numpy(train_NT[: max(1, SCORE_TOKENS // train_NT.shape[1])]))
         with Reporter().progress("score", 0) as silent:
-            chosen = {num: scores.choose(by, Parts(teacher), batches, num, silent).dropped for num in nums}
+            if by == "leave-one-out":  # greedy: fewer layers are the first of more
+                order = [scores.lowest(round_) for round_ in scores.leave_one_out(parts, batches, max(nums), silent)]
+                chosen = {num: sorted(order[:num]) for num in nums}
+            else:
+                chosen = {num: list(scores.choose(by, parts, batches, num, silent).dropped) for num in nums}
         write_json(file, chosen)
     return {int(num): layers for num, layers in json.loads(file.read_text("utf-8")).items()}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,8 +10,13 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))  # for `import pico`, also in the subprocesses that tests start
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # pytest's workers share the cores
 
-from pico import make_pico
+from compress.cli.main import quiet_libraries
+
+quiet_libraries()
+
+from pico import make_pico  # noqa: E402 (what it imports reads the environment)
 
 
 @pytest.fixture(autouse=True, scope="session")
