@@ -58,7 +58,8 @@ class Evaluate(Stage):
             sequence_length=self.sequence_length, max_tokens=self.tokens,
             threads=context.target.threads, reporter=context.reporter,
         )  # fmt: skip
-        metrics = {"result": found.result(), self.against: found.reference()}
+        result = {**found.result(), "eval_tokens": float(found.num_tokens)}
+        metrics = {"result": result, self.against: found.reference()}
         written = {
             "against": self.against,
             "sequence_length": self.sequence_length,

@@ -29,10 +29,14 @@ class Question:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Sums over each of N blocks, by figure, and the number of predictions (N,) that they are sums of."""
+    """Sums over each of N blocks, by figure, and the number of predictions (N,) that they are sums of.
+
+    num_tokens: how many tokens of text the models were shown.
+    """
 
     num_predictions_N: Ints
     sums: Mapping[str, NDArray[np.float64]]
+    num_tokens: int
 
     def mean(self, figure: str) -> Estimate:
         """The mean over predictions, with its standard error over blocks."""
@@ -102,7 +106,8 @@ def evaluate(
         rows.append({figure: float(values.sum()) for figure, values in _figures(answer, theirs, question, task)})
         counts.append(len(answer))
         advance(1)
-    return Evaluation(np.array(counts), {figure: np.array([row[figure] for row in rows]) for figure in rows[0]})
+    sums = {figure: np.array([row[figure] for row in rows]) for figure in rows[0]}
+    return Evaluation(np.array(counts), sums, sum(len(question.ids_T) for question in asked))
 
 
 def _figures(

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,20 +37,24 @@ def with_threads(folder: Path, threads: int, into: Path) -> Path:
     return into
 
 
-def build(source: Path, out: Path, precision: Literal["int4", "fp32"], cache: Path) -> list[str]:
+def build(
+    source: Path, out: Path, precision: Literal["int4", "fp32"], cache: Path, extra_options: Sequence[str] = ()
+) -> None:
     """Build `source` (a `save_pretrained` folder) for the CPU with onnxruntime-genai's builder, with its defaults.
 
-    Returns the command. Raises CompressError, with the builder's last line, where it fails.
+    extra_options: what is not a default, `key=value` each. Raises CompressError, with the builder's last line, where
+    it fails.
     """
     command = [
         sys.executable, "-m", "onnxruntime_genai.models.builder",
         "-m", str(source), "-o", str(out), "-p", precision, "-e", "cpu", "-c", str(cache),
     ]  # fmt: skip
+    if extra_options:
+        command += ["--extra_options", *extra_options]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0 or not (out / "model.onnx").is_file():
         words = (done.stderr.strip() or done.stdout.strip()).splitlines()
         raise CompressError("onnxruntime-genai's builder", f"failed: {words[-1] if words else 'it said nothing'}")
-    return command
 
 
 def _link(file: Path, to: Path) -> None:

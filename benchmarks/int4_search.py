@@ -12,13 +12,13 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from compress.benchmarks.judging import compare
 from compress.data.config import DataConfig
 from compress.data.text import TextData
 from compress.models.load import load_model, load_tokenizer
@@ -28,40 +28,7 @@ from compress.quant.modules import set_weight, weight_of
 from compress.quant.schemes import W4_BLOCK32, quantize
 from compress.quant.targets import all_targets
 
-SEARCHES: tuple[Search, ...] = ("none", "mse", "output", "gptq")
-
-
-@dataclass(frozen=True)
-class Loss:
-    """Perplexity of the quantised model and of the source, KL between them with its standard error, agreement."""
-
-    perplexity: float
-    source_perplexity: float
-    kl: float
-    kl_se: float
-    top1_agreement: float
-
-    def __str__(self) -> str:
-        ratio = self.perplexity / self.source_perplexity
-        return f"×{ratio:.3f} | {self.kl:.4f} ± {self.kl_se:.4f} | {self.top1_agreement:.3f}"
-
-
-@torch.no_grad()
-def judge(source: nn.Module, model: nn.Module, blocks_NT: Tensor) -> Loss:
-    """Compare two causal models on blocks of token ids; the standard error is over blocks."""
-    figures = torch.zeros(len(blocks_NT), 4, dtype=torch.float64)
-    for row, ids_T in enumerate(blocks_NT):
-        teacher, student = (
-            cast(Any, each)(ids_T[None], use_cache=False).logits[0, :-1].log_softmax(-1) for each in (source, model)
-        )
-        next_T1 = ids_T[1:, None]
-        kl = (teacher.exp() * (teacher - student)).sum(-1)
-        agrees = (teacher.argmax(-1) == student.argmax(-1)).double()
-        nll, source_nll = -student.gather(-1, next_T1).mean(), -teacher.gather(-1, next_T1).mean()
-        figures[row] = torch.stack([nll, source_nll, kl.mean(), agrees.mean()])
-    nll, source_nll, mean_kl, agreement = figures.mean(0)
-    kl_se = figures[:, 2].std() / len(figures) ** 0.5
-    return Loss(nll.exp().item(), source_nll.exp().item(), mean_kl.item(), kl_se.item(), agreement.item())
+SEARCHES: tuple[Search, ...] = ("none", "output", "gptq")
 
 
 def quantised(folder: Path, how: str, calibration_BT: Tensor) -> nn.Module:
@@ -71,8 +38,8 @@ def quantised(folder: Path, how: str, calibration_BT: Tensor) -> nn.Module:
     if how == "asymmetric":
         for target in all_targets(parts, W4_BLOCK32):
             set_weight(target.module, quantize(weight_of(target.module), W4_BLOCK32, symmetric=False).dequantize())
-    elif how in ("none", "mse"):
-        round_model(parts, W4_BLOCK32, cast(Search, how))
+    elif how == "none":
+        round_model(parts, W4_BLOCK32)
     else:
         calibrate_model(parts, W4_BLOCK32, cast(Search, how), calibration_BT)
     return model
@@ -103,7 +70,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         model = quantised(given.model, how, fitted_BT)
         seconds = time.monotonic() - started
         for name, blocks_NT in texts.items():
-            print(f"| {how} | {name} | {judge(source, model, blocks_NT)} | {seconds:.0f} |", flush=True)
+            found = compare(model, source, blocks_NT.numpy()).result()
+            quality = f"×{found['perplexity_ratio']:.3f} | {found['kl']:.4f} ± {found['kl_se']:.4f} | "
+            print(f"| {how} | {name} | {quality}{found['top1_agreement']:.3f} | {seconds:.0f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -9,13 +9,14 @@ import numpy as np
 
 from compress.benchmarks.evaluation import Evaluation, evaluate, questions
 from compress.benchmarks.quality import Ints
-from compress.benchmarks.scorers import open_scorer, task_of
+from compress.benchmarks.scorers import logits_of, open_scorer, task_of
 from compress.data.text import TextData
 from compress.errors import StageFailed
 from compress.models.load import load_tokenizer
 from compress.stage import Reporter
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import PreTrainedTokenizerBase
 
 
@@ -50,6 +51,13 @@ def judge(
     asked = questions(blocks_NT, task, tokenizer.mask_token_id)
     with reporter.progress("evaluate", len(asked)) as advance:
         return evaluate(score, beside, asked, task, advance)
+
+
+def compare(subject: nn.Module, reference: nn.Module, blocks_NT: Ints) -> Evaluation:
+    """Evaluate one causal model beside another, both loaded, on blocks of token ids (N, T)."""
+    asked = questions(blocks_NT, "causal")
+    with Reporter().progress("compare", len(asked)) as advance:
+        return evaluate(logits_of(subject), logits_of(reference), asked, "causal", advance)
 
 
 def _with_edges(blocks_NT: Ints, tokenizer: PreTrainedTokenizerBase) -> Ints:

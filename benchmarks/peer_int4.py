@@ -3,8 +3,10 @@
     python -m compress.benchmarks.peer_int4 SOURCE_FOLDER OUR_FOLDER --prompts 128 1024 4096 --threads 2
 
 SOURCE_FOLDER is a `save_pretrained` folder; the peer is built from it with the builder's defaults unless --peer names
-one. Both folders are run with the same thread count through onnxruntime-genai (its own generation loop) and through
-bare ONNX Runtime, all four in turns. The report goes to benchmarks/results/.
+one. Our graph computes the last token's logits alone, the peer's default build those of the whole prompt, so the peer
+is built a second time with `prune_lm_head=true`, which does as ours. All folders are run with the same thread count
+through onnxruntime-genai (its own generation loop) and through bare ONNX Runtime, in turns. The report goes to
+benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -24,8 +26,9 @@ from compress.benchmarks.contest import Budget, Contestant, Measured, Workload, 
 from compress.benchmarks.environment import environment, pick_cpus
 from compress.benchmarks.judging import judge
 from compress.benchmarks.latency import smallest_vocabulary
-from compress.benchmarks.peer_report import RUNTIMES, Quality, page
+from compress.benchmarks.peer_report import PRUNED_HEAD, PRUNED_PEER, RUNTIMES, Quality, page
 from compress.benchmarks.text import OneText
+from compress.errors import CompressError
 from compress.stage import Reporter
 
 
@@ -35,12 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
-        peer = options.peer
-        if peer is None:
-            logging.info("building the peer")
-            peer = scratch / "peer"
-            genai.build(options.source, peer, options.precision, scratch / "cache")
-        folders = {"ours": options.ours, "peer": peer}
+        folders = {"ours": options.ours} | _peers(options, scratch)
         cpus = pick_cpus(options.threads)
         surroundings = environment(options.threads, cpus)
         measured = _measure(folders, options, cpus, scratch)
@@ -50,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             )
             for runtime in RUNTIMES
         }
-        judged = [_judge(options, peer, spec) for spec in options.text]
+        judged = [_judge(options, folders["peer"], spec) for spec in options.text]
         text = page(options, folders, found, judged)
     file = options.out / f"{_file_name(options, surroundings)}.md"
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -58,6 +56,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     file.with_suffix(".json").write_text(json.dumps(found, indent=1), "utf-8")
     print(text)
     print(file)
+
+
+def _peers(options: argparse.Namespace, scratch: Path) -> dict[str, Path]:
+    """The peer's folders by name: its default build, and the one with a pruned head where the builder can make it."""
+    folders = {"peer": options.peer or scratch / "peer"}
+    if options.peer is None:
+        logging.info("building the peer")
+        genai.build(options.source, folders["peer"], options.precision, scratch / "cache")
+    logging.info("building the peer with %s", *PRUNED_HEAD)
+    pruned = scratch / "pruned"
+    try:
+        genai.build(options.source, pruned, options.precision, scratch / "cache", PRUNED_HEAD)
+    except CompressError as error:
+        logging.warning("left out: %s", error)
+        return folders
+    return folders | {PRUNED_PEER: pruned}
 
 
 def _measure(

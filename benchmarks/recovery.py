@@ -24,6 +24,7 @@ import torch
 from transformers import PreTrainedModel
 
 from compress.artifact import write_json
+from compress.benchmarks.judging import compare
 from compress.data.config import PYTHON_DOCS, DataConfig
 from compress.data.text import TextData
 from compress.models.load import load_model, load_tokenizer
@@ -32,7 +33,6 @@ from compress.stage import Reporter
 from compress.stages.prune import scores
 from compress.stages.prune.surgery import drop_layers
 from compress.train.engine import Ids, recover
-from compress.train.losses import cross_entropy, forward_kl
 from compress.train.options import TrainingOptions
 from compress.train.teacher import layer_map
 
@@ -108,16 +108,11 @@ def layers_to_drop(
     return {int(num): layers for num, layers in json.loads(file.read_text("utf-8")).items()}
 
 
-@torch.no_grad()
 def judge(student: PreTrainedModel, teacher: PreTrainedModel, ids_NT: Ids) -> dict[str, list[float]]:
     """FIGURES of each block: the mean over its tokens."""
-    figures: dict[str, list[float]] = {name: [] for name in FIGURES}
-    for block_T in torch.from_numpy(ids_NT):
-        q_TV, p_TV = (model(block_T[None], use_cache=False).logits[0, :-1] for model in (student, teacher))
-        figures["kl"].append(forward_kl(q_TV, p_TV).mean().item())
-        figures["top1_agreement"].append((q_TV.argmax(-1) == p_TV.argmax(-1)).float().mean().item())
-        figures["ce"].append(cross_entropy(q_TV, block_T[1:]).mean().item())
-    return figures
+    found = compare(student, teacher, ids_NT)
+    sums = {**found.sums, "ce": found.sums["nll"]}
+    return {name: (sums[name] / found.num_predictions_N).tolist() for name in FIGURES}
 
 
 def rows(nums_dropped: Sequence[int], num_seeds: int) -> Iterator[Row]:

@@ -18,6 +18,8 @@ _WORDS = {
     "ttft_ms": "time to first token, ms", "tpot_ms": "time per token, ms", "latency_ms": "whole forward pass, ms",
     "load_ms": "loading, ms", "peak_rss_mb": "peak memory, MB", "size_mb": "on disk, MB",
 }  # fmt: skip
+_WIDE = 10.0
+"""The ratio of the axis' ends from which times over prompt lengths are drawn on a logarithmic one."""
 _COLOURS = ("#0b6e99", "#8c8c8c", "#d98c21", "#7a4fa3", "#3f8f4f", "#b0413e")
 
 
@@ -113,16 +115,17 @@ def _dress(axes: Any, kind: str, ticks: list[int]) -> None:
 
     axes.set_xscale("log", base=2)
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
-    axes.minorticks_off()
     axes.margins(x=0.12)
-    if kind == "tpot_ms":
+    low, high = axes.get_ylim()
+    if kind == "tpot_ms" or high < _WIDE * low:
         axes.set_ylim(bottom=0)
     else:
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.minorticks_off()  # last: a logarithmic scale brings its own, with labels
     axes.set_xlabel("tokens in the context" if kind == "tpot_ms" else "tokens in the prompt")
-    axes.set_title(_WORDS[kind], loc="left", fontsize=11)
+    axes.set_title(f"{_WORDS[kind]} (median, whiskers p10–p90)", loc="left", fontsize=10)
     axes.grid(axis="y", alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=9)

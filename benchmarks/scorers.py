@@ -41,18 +41,23 @@ def open_scorer(folder: Path, task: Task, *, threads: int) -> Scorer:
     return _torch_scorer(folder, task)
 
 
+def logits_of(model: Any) -> Scorer:
+    """A torch model that is loaded already, with a head."""
+    return lambda ids_T: np.atleast_2d(_forward(model, ids_T).logits[0].float().numpy())
+
+
 def _torch_scorer(folder: Path, task: Task) -> Scorer:
+    model = _load(folder)
+    if task != "embedding":
+        return logits_of(model)
+    return lambda ids_T: pool(folder, _forward(model, ids_T)[0][0].float().numpy())
+
+
+def _forward(model: Any, ids_T: Ints) -> Any:
     import torch
 
-    model = _load(folder)
-
-    def score(ids_T: Ints) -> Floats:
-        with torch.inference_mode():
-            output = model(torch.from_numpy(np.asarray(ids_T, np.int64))[None])
-        hidden_or_logits: Floats = (output[0] if task == "embedding" else output.logits)[0].float().numpy()
-        return pool(folder, hidden_or_logits) if task == "embedding" else np.atleast_2d(hidden_or_logits)
-
-    return score
+    with torch.inference_mode():
+        return model(torch.from_numpy(np.asarray(ids_T, np.int64))[None])
 
 
 def _load(folder: Path) -> Any:
@@ -75,6 +80,9 @@ def _onnx_scorer(folder: Path, task: Task, threads: int) -> Scorer:
         ids_1T = np.asarray(ids_T, np.int64)[None]
         if task == "causal":
             logits_1TV, _ = model.forward(ids_1T)
+            if logits_1TV.shape[1] != len(ids_T):
+                fix = "give a build that computes all of them, for onnxruntime-genai's one without prune_lm_head"
+                raise CompressError(str(folder), "computes the logits of the last token alone", fix)
             return np.asarray(logits_1TV[0])
         outputs = model.encode(ids_1T)
         if task != "embedding":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -58,3 +59,17 @@ class InvalidInput(CompressError):
 
 class StageFailed(CompressError):
     """A stage stopped: what it had finished is kept (exit status 1)."""
+
+
+_FULL_DISK = ("No space left on device", "StorageFull", "os error 28")
+
+
+def is_full_disk(error: BaseException | None) -> bool:
+    """Whether a full disk is behind `error`. Libraries written in C++ and Rust say so only in words."""
+    while error is not None and not isinstance(error, CompressError):
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if any(words in str(error) for words in _FULL_DISK):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

@@ -102,8 +102,9 @@ class Stage(BaseModel, ABC):
     name: as in the pipeline file. version: raised when the same options give another artifact. accepts / returns:
     formats of the input and of what is written (`measurement` leaves the model as it is for the next stage).
     kinds: `decoder`, `encoder` or both. data: the splits of text that it reads. measures_hardware: its figures belong
-    to this machine, so the machine is part of its key. seeded: its result depends on the seed. example: options of a
-    small typical use, for the support matrix; needed only where the defaults alone are not valid.
+    to this machine, so the machine is part of its key. reads_target: so does what it writes to `target`. seeded: its
+    result depends on the seed. example: options of a small typical use, for the support matrix; needed only where the
+    defaults alone are not valid.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -116,6 +117,7 @@ class Stage(BaseModel, ABC):
     kinds: ClassVar[frozenset[str]] = frozenset({"decoder", "encoder"})
     data: ClassVar[frozenset[Literal["train", "eval"]]] = frozenset()
     measures_hardware: ClassVar[bool] = False
+    reads_target: ClassVar[bool] = False
     seeded: ClassVar[bool] = False
     example: ClassVar[Mapping[str, Any]] = {}
 
@@ -131,6 +133,10 @@ class Stage(BaseModel, ABC):
         """What is wrong with these options for this model; `where` is the option's name alone (`keep`)."""
         yield from ()
 
+    def check_input(self, previous: Stage) -> Iterator[Problem]:
+        """What is wrong with these options for what `previous` makes: it is this stage's input."""
+        yield from ()
+
     def shape(self, model: ModelShape) -> ModelShape:
         """The shape of the model that comes out."""
         return model
@@ -138,6 +144,11 @@ class Stage(BaseModel, ABC):
     def weight_bytes(self, model: ModelShape, before: float) -> float:
         """Estimated bytes of the weights of what comes out, given its shape and the bytes of what came in."""
         return before
+
+    def forward_tokens(self, model: ModelShape) -> float:
+        """Tokens that it runs forward through each model that it reads, roughly: for the estimate of its time."""
+        tokens = getattr(self, "tokens", None)
+        return tokens if isinstance(tokens, int) else 20_000 if self.data or self.measures_hardware else 1_000
 
     def produces(self) -> Sequence[str]:
         """The figures that it measures, as `require` names them (`perplexity`, `tpot_ms@128`)."""

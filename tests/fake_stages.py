@@ -86,6 +86,10 @@ class Pack(_Fake):
     def before(self, accepted: Format) -> Sequence[tuple[str, Mapping[str, Any]]]:
         return [("round", {"bits": 4})] if self.format == "int4" and accepted == "torch" else []
 
+    def check_input(self, previous: Stage) -> Iterator[Problem]:
+        if self.format == "int4" and isinstance(previous, Round) and previous.bits != 4:
+            yield Problem("format", f"what comes in has {previous.bits} bits", "round to 4")
+
 
 class Judge(_Fake):
     """Quality."""

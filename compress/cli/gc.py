@@ -22,6 +22,9 @@ def gc(
 
     They are left by earlier versions of a pipeline file: going back to one would find them again. A directory that a
     run's current file uses, finished or not, and a run that is in progress are never listed. Deletes only with --yes.
+
+    The cache of fetched models and texts is shared by all runs and not listed here: it lies where COMPRESS_CACHE says,
+    or in the user's cache directory as compress-pipeline, and any of it may be deleted, to be fetched again.
     """
     if not runs.is_dir():
         raise InvalidInput(str(runs), "no such directory", "name the folder of runs with --runs")

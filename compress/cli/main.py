@@ -58,7 +58,7 @@ app.command("eval")(evaluate)
 
 def main() -> None:
     """Run the command line and exit."""
-    _quiet_libraries()
+    quiet_libraries()
     try:
         app()
     except CompressError as error:
@@ -66,14 +66,18 @@ def main() -> None:
         sys.exit(error.exit_code)
 
 
-def _quiet_libraries() -> None:
-    """Keep other libraries' bars and advice off the screen, here and in the processes that stages start."""
+def quiet_libraries() -> None:
+    """Keep other libraries' bars and advice off the screen, here and in the processes that stages start.
+
+    They read this when they are imported: call it before. TQDM_DISABLE reaches bars that no library's own switch does.
+    """
     for name, value in {
         "TRANSFORMERS_VERBOSITY": "error",
         "DATASETS_VERBOSITY": "error",
         "HF_HUB_VERBOSITY": "error",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+        "TQDM_DISABLE": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "BITSANDBYTES_NOWELCOME": "1",
     }.items():

@@ -38,14 +38,14 @@ def plan(
         prepared = prepare(loaded, runs / loaded.name, reporter)
         estimates = estimate(prepared)
         steps = prepared.plan.steps
-        if json:
-            print_json({"name": loaded.name, "stages": [_as_json(step, estimates[step.id]) for step in steps]})
-        else:
+        if not json:
             print_table(_table(loaded.name, steps, estimates))
         if twin:
             try_twin(prepared)
-            if not json:
-                print_line("dry run on a random twin: every stage works")
+    if json:
+        print_json({"name": loaded.name, "stages": [_as_json(step, estimates[step.id]) for step in steps]})
+    elif twin:
+        print_line("dry run on a random twin: every stage works")
 
 
 def _as_json(step: Step, estimate: Estimate) -> dict[str, Any]:
@@ -70,8 +70,8 @@ def _table(name: str, steps: tuple[Step, ...], estimates: dict[str, Estimate]) -
         writes = f"{cost.size_mb:.0f}" if cost.size_mb else ""
         spent = (f"{cost.ram_mb:.0f}", f"{cost.disk_mb:.0f}", _duration(cost.seconds))
         rows.append((step.id, _state(step), *size, writes, *(("", "", "") if step.is_cached else spent)))
-    columns = ("stage", "state", "layers", "parameters (M)", "≈ weights (MB)", "≈ RAM (MB)", "≈ disk (MB)", "≈ time")
-    return Table(f"{name}: estimates are rough", columns, tuple(rows))
+    columns = ("stage", "state", "layers", "params (M)", "≈ MB", "≈ RAM (MB)", "≈ disk (MB)", "≈ time")
+    return Table(f"{name}: what each stage writes and needs; estimates are rough", columns, tuple(rows))
 
 
 def _state(step: Step) -> str:

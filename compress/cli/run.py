@@ -46,7 +46,7 @@ def run(
         except KeyboardInterrupt:
             reporter.log.info("interrupted: what is finished is kept in %s; run it again to go on", run_dir)
             raise typer.Exit(ExitCode.INTERRUPTED) from None
-    release()
+    release()  # where the run fails instead, the launcher ends the others: they may be in the midst of training
     if json:
         print_json(as_json(record, run_dir))
     else:

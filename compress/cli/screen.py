@@ -24,18 +24,24 @@ def print_json(value: object) -> None:
 
 
 def print_table(table: Table) -> None:
-    """A result for people."""
+    """A result for people. On a narrow terminal cells are wrapped, and no figure is cut."""
     from rich import box
     from rich.table import Table as RichTable
 
-    shown = RichTable(box=box.SIMPLE_HEAD)
+    shown = RichTable(box=box.SIMPLE_HEAD, pad_edge=False)
     for index, column in enumerate(table.columns):
-        shown.add_column(column, justify="right" if index else "left", no_wrap=index > 0)
+        words = [word for row in table.rows for word in row[index].split()]
+        shown.add_column(
+            column, justify="right" if index else "left", overflow="fold", min_width=max(map(len, words), default=0),
+            no_wrap=not index and len(words) <= len(table.rows),
+        )  # fmt: skip
     for row in table.rows:
         shown.add_row(*row)
     if table.title:
         print_line(table.title)
-    _stdout().print(shown)
+    _stdout().print(shown, crop=False)
+    if table.note:
+        print_line(table.note)
 
 
 def print_line(text: str, style: str | None = None) -> None:

@@ -17,9 +17,10 @@ from typing import Any
 
 import platformdirs
 from filelock import FileLock
+from safetensors import SafetensorError
 
 from compress.artifact import write_json
-from compress.errors import CompressError
+from compress.errors import CompressError, is_full_disk
 
 VARIABLE = "COMPRESS_CACHE"
 MANIFEST = "cache.json"
@@ -68,7 +69,7 @@ def ensure(kind: str, identity: str, build: Callable[[Path], Mapping[str, Any]])
         with FileLock(entry.with_name(entry.name + ".lock")):
             if finished(entry) is None:
                 _build(entry, build)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise _disk_problem(error) or error from error
     return entry
 
@@ -124,10 +125,11 @@ def _build(entry: Path, build: Callable[[Path], Mapping[str, Any]]) -> None:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def _disk_problem(error: OSError) -> CompressError | None:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+def _disk_problem(error: OSError | SafetensorError) -> CompressError | None:
+    if is_full_disk(error):
         return CompressError(str(cache_root()), "no space is left in the cache", f"free some, or set {VARIABLE}")
-    if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
+    unwritable = (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
+    if isinstance(error, OSError) and error.errno in unwritable:
         return CompressError(str(cache_root()), "the cache can't be written", f"set {VARIABLE} to a place that can")
     return None
 

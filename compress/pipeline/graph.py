@@ -104,9 +104,11 @@ class _Builder:
         return f"{wanted}-{count + 1}" if count else wanted
 
     def _add(self, id_: str, stage: Stage, inputs: Mapping[str, str], entry: Entry, *, hidden: bool) -> str:
+        makers = (node.stage for node in self.nodes if node.id == inputs[INPUT])
+        self.problems += [_placed(p, entry, stage, hidden) for maker in makers for p in stage.check_input(maker)]
         shape = self._shapes[inputs[INPUT]]
         if shape is not None:
-            found = list(_misfits(entry, stage, shape, hidden))
+            found = _misfits(entry, stage, shape, hidden)
             self.problems += found
             shape = shape if found else stage.shape(shape)
         self.nodes.append(GraphNode(id_, stage, inputs, hidden, entry.place, shape))
@@ -161,10 +163,14 @@ def _misfits(entry: Entry, stage: Stage, shape: ModelShape, hidden: bool) -> lis
     if shape.family.kind not in stage.kinds:
         what = f"{stage.name} works on {_listed(stage.kinds)} models, and {shape.model_type} is an {shape.family.kind}"
         return [Problem(entry.place, what, "`compress stages` shows what works on what")]
-    problems = stage.check(shape)
+    return [_placed(problem, entry, stage, hidden) for problem in stage.check(shape)]
+
+
+def _placed(problem: Problem, entry: Entry, stage: Stage, hidden: bool) -> Problem:
+    """A stage's own problem at its place in the file: that of the entry that a hidden stage is there for."""
     if hidden:
-        return [Problem(entry.place, f"its hidden {stage.name}: {p.where}: {p.what}", p.fix) for p in problems]
-    return [Problem(entry.place_of(p.where), p.what, p.fix) for p in problems]
+        return Problem(entry.place, f"its hidden {stage.name}: {problem.where}: {problem.what}", problem.fix)
+    return Problem(entry.place_of(problem.where), problem.what, problem.fix)
 
 
 def _place_of_reference(entry: Entry, role: str, ref: Ref) -> str:

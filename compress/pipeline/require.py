@@ -24,6 +24,8 @@ RESULT = "result"
 """The subject of a figure that a stage measured on its own artifact (or, for a measurement, on its input)."""
 MODEL_FIGURES = ("parameters", "size_mb")
 """What is measured of every artifact that holds a model, the source among them."""
+DISTANCES = frozenset({"kl", "top1_agreement", "cosine", "perplexity_ratio"})
+"""Figures that compare two models already, so that a baseline has none of its own."""
 
 _HOLDS: Mapping[Operator, Callable[[float, float], bool]] = {
     "<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt,
@@ -119,7 +121,10 @@ def unproven(graph: Graph, requirements: Sequence[Requirement]) -> list[Problem]
             problems.append(Problem(need.place, what, "give the one that is meant an `id:` of its own"))
         elif need.baseline and need.baseline not in measured:
             what = f"no stage measures {need.metric} of {shown(need.baseline)}"
-            problems.append(Problem(need.place, what, did_you_mean(need.baseline, measured.keys() - {RESULT})))
+            fix = did_you_mean(need.baseline, measured.keys() - {RESULT})
+            if need.metric in DISTANCES:
+                fix = f'it compares two models already: give a limit alone, as "{need.operator} {need.number:g}"'
+            problems.append(Problem(need.place, what, fix))
     return problems
 
 
@@ -142,10 +147,10 @@ def _subjects(graph: Graph) -> dict[str, dict[str, str]]:
         measures = node.stage.returns == "measurement"
         artifact = node.inputs[INPUT] if measures else node.id
         subjects = dict.fromkeys((RESULT, artifact, node.id), artifact)
-        if measures:  # its other roles are what it measures beside its input
-            subjects |= {role: id_ for role, id_ in node.inputs.items() if role != INPUT}
+        # a measurement's other roles are what it measures beside its input
+        beside = {role: id_ for role, id_ in node.inputs.items() if measures and role != INPUT}
         for name in (*(() if measures else MODEL_FIGURES), *node.stage.produces()):
-            found.setdefault(name, {}).update(subjects)
+            found.setdefault(name, {}).update(subjects if name in DISTANCES else subjects | beside)
     return found
 
 

@@ -17,7 +17,7 @@ from compress.quant.schemes import W8_BLOCK32, Scheme, quantize
 from compress.quant.search import gptq, output_error, search_scales
 from compress.quant.targets import WeightTarget, layer_targets, table_targets
 
-Search = Literal["none", "mse", "output", "gptq"]
+Search = Literal["none", "output", "gptq"]
 WeightOnly = Literal["auto"] | Collection[str]
 """Projections whose activations a dynamic scheme must not round: by the ends of their paths, or found on the text."""
 OUTLIER_ERROR = 0.01
@@ -56,13 +56,13 @@ class Quantized:
         return W8_BLOCK32 if spared else target.scheme
 
 
-def round_model(parts: Parts, scheme: Scheme, search: Search = "none", weight_only: WeightOnly = ()) -> Quantized:
-    """Quantise every target in place without text: `search` is `none` (round-to-nearest) or `mse`."""
+def round_model(parts: Parts, scheme: Scheme, weight_only: WeightOnly = ()) -> Quantized:
+    """Round every target to the nearest in place; needs no text."""
     result = Quantized()
     layers = [target for index in range(len(parts.layers)) for target in layer_targets(parts, index, scheme)]
     for target in (*layers, *table_targets(parts, scheme)):
         weight_NK, own = weight_of(target.module), result.choose(target, weight_only)
-        result.add(target, find(weight_NK, own, search), None)
+        result.add(target, quantize(weight_NK, own), None)
     return result
 
 
@@ -95,10 +95,10 @@ def calibrate_model(
 
 
 def find(weight_NK: Tensor, scheme: Scheme, search: Search, moment_KK: Tensor | None = None) -> QTensor:
-    """Codes and scales by `search`; without a moment of the inputs (K, K), the nearest to it that needs none."""
+    """Codes and scales by `search`; without a moment of the inputs (K, K), scales of the weights' least error."""
     if search == "none":
         return quantize(weight_NK, scheme)
-    if search == "mse" or moment_KK is None:
+    if moment_KK is None:
         return quantize(weight_NK, scheme, search_scales(weight_NK, scheme))
     if search == "output":
         return quantize(weight_NK, scheme, search_scales(weight_NK, scheme, moment_KK.diagonal()))

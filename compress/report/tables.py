@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from compress.pipeline.require import RESULT
+from compress.pipeline.require import DISTANCES, RESULT
 from compress.report.figures import Figures, figures_of, stage_lines
 from compress.runner.record import RunRecord
 from compress.stage import SOURCE
@@ -38,6 +38,7 @@ class Table:
     title: str
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
+    note: str = ""
 
 
 def result_table(record: RunRecord) -> Table:
@@ -48,7 +49,8 @@ def result_table(record: RunRecord) -> Table:
     others = sorted(known - {SOURCE, RESULT} - stage_ids)
     subjects = (SOURCE, *others, RESULT)
     rows = [(*row, _ratio(figures, name)) for name, row in _rows(figures, subjects)]
-    return Table(f"{record.name}: {record.source.name}", ("", *subjects, "ratio"), tuple(rows))
+    title = f"{record.name}: {record.source.name}"
+    return Table(title, ("", *subjects, "ratio"), tuple(rows), _judged_on(figures[RESULT]))
 
 
 def stages_table(record: RunRecord) -> Table:
@@ -78,7 +80,13 @@ def as_markdown(table: Table) -> str:
     """The table in Markdown, figures aligned to the right."""
     lines = ["| " + " | ".join(table.columns) + " |", "|---" + "|--:" * (len(table.columns) - 1) + "|"]
     lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in table.rows]
-    return "\n".join(lines)
+    return "\n".join([*lines, *(["", table.note] if table.note else [])])
+
+
+def _judged_on(result: Mapping[str, float]) -> str:
+    if "eval_tokens" not in result:
+        return ""
+    return f"quality: on {result['eval_tokens']:,.0f} tokens of the eval text, ± standard error over its blocks"
 
 
 def _rows(figures: Figures, subjects: Sequence[str]) -> Iterable[tuple[str, tuple[str, ...]]]:
@@ -127,4 +135,4 @@ def _exponent(value: float) -> int:
 
 def _ratio(figures: Figures, name: str) -> str:
     source, result = figures.get(SOURCE, {}).get(name), figures.get(RESULT, {}).get(name)
-    return f"{result / source:.3g}×" if source and result is not None and name not in ("kl", "top1_agreement") else ""
+    return f"{result / source:.3g}×" if source and result is not None and name not in DISTANCES else ""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import shutil
 import time
@@ -13,7 +12,7 @@ from pathlib import Path
 
 from compress.artifact import CHECKPOINTS, MANIFEST, Artifact, Metrics, finish, open_artifact
 from compress.data.text import TextData
-from compress.errors import CompressError
+from compress.errors import CompressError, is_full_disk
 from compress.hardware import PeakMemory
 from compress.pipeline.require import RESULT
 from compress.runner.journal import MAKING, Journal, recorded
@@ -21,8 +20,6 @@ from compress.runner.plan import Plan, Step
 from compress.runner.record import State
 from compress.runner.weights import own_figures
 from compress.stage import INPUT, SOURCE, Reporter, StageContext, Target
-
-_FULL_DISK = ("No space left on device", "StorageFull", "os error 28")
 
 
 @dataclass(frozen=True)
@@ -61,7 +58,7 @@ def execute(plan: Plan, setting: Setting, journal: Journal) -> None:
             log.error("%s: %s", heading, state, exc_info=error)  # the log has the traceback, the screen has not
             with contextlib.suppress(OSError):  # the disk may be full, and that is not what to report
                 journal.put(was.model_copy(update={"state": state, "error": str(error) or type(error).__name__}))
-            if _is_full_disk(error):
+            if is_full_disk(error):
                 raise _disk_full(step.id, plan.run_dir) from error
             error.add_note(f"(in stage {step.id!r}; what came before it is kept in {plan.run_dir})")
             raise
@@ -82,7 +79,7 @@ def disk_explained(run_dir: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if not _is_full_disk(error):
+        if not is_full_disk(error):
             raise
         raise _disk_full(str(run_dir), run_dir) from error
 
@@ -151,17 +148,6 @@ def _sync(directory: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-
-
-def _is_full_disk(error: BaseException | None) -> bool:
-    """Whether a full disk is behind `error`. Libraries written in C++ and Rust say so only in words."""
-    while error is not None and not isinstance(error, CompressError):
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return True
-        if any(words in str(error) for words in _FULL_DISK):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
 
 
 def _disk_full(where: str, run_dir: Path) -> CompressError:

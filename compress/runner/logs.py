@@ -13,11 +13,18 @@ from types import FrameType
 LOG = "run.log"
 
 
+class _LogFile(logging.FileHandler):
+    """A file that can't be written to is no news: what can't either says so itself."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Say nothing."""
+
+
 @contextlib.contextmanager
 def logged(run_dir: Path) -> Iterator[None]:
     """Append all log records from INFO up, and Python's warnings, to `run_dir/run.log`."""
     root = logging.getLogger()
-    handler = logging.FileHandler(run_dir / LOG, encoding="utf-8")
+    handler = _LogFile(run_dir / LOG, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     level = root.level
     root.addHandler(handler)

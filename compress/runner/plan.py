@@ -111,7 +111,8 @@ def stage_key(stage: Stage, inputs: Mapping[str, str], *, data: Mapping[str, str
     """SHA-256 (hex) of all that the artifact of `stage` depends on.
 
     inputs: keys by role. data: digests of the splits of text that it reads, and of how they are cut. The seed counts
-    only where the stage is `seeded`; the machine, the target and ONNX Runtime's version where it `measures_hardware`.
+    only where the stage is `seeded`; the target where it `reads_target`; the target, the machine and ONNX Runtime's
+    version where it `measures_hardware`.
     """
     ingredients: dict[str, Any] = {
         "stage": stage.name,
@@ -122,9 +123,10 @@ def stage_key(stage: Stage, inputs: Mapping[str, str], *, data: Mapping[str, str
     }
     if stage.seeded:
         ingredients["seed"] = seed
+    if stage.reads_target or stage.measures_hardware:
+        ingredients["target"] = target.model_dump()
     if stage.measures_hardware:
         ingredients["machine"] = this_machine().fingerprint()
-        ingredients["target"] = target.model_dump()
         ingredients["onnxruntime"] = _onnxruntime_version()
     return _sha256(ingredients)
 

@@ -5,12 +5,15 @@ The source model is fetched only where its `config.json` is not at hand.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 from compress.artifact import Artifact
 from compress.data.text import TextData, check_tokenizer
+from compress.errors import CompressError, InvalidInput
 from compress.models.anatomy import ModelShape, shape_of
 from compress.models.sources import Source, parse_source, source_artifact
 from compress.pipeline.file import Pipeline
@@ -42,8 +45,20 @@ class Prepared:
         return source_artifact(folder, self.plan.source_key)
 
 
+@contextlib.contextmanager
+def before_any_stage() -> Iterator[None]:
+    """Turn whatever the user can fix into InvalidInput: nothing ran yet."""
+    try:
+        yield
+    except InvalidInput:
+        raise
+    except CompressError as error:
+        raise InvalidInput.of([error.problem]) from error
+
+
+@before_any_stage()
 def prepare(pipeline: Pipeline, run_dir: Path, reporter: Reporter) -> Prepared:
-    """Resolve and plan `pipeline`. Raises CompressError for a model, data or options that do not go together."""
+    """Resolve and plan `pipeline`. Raises InvalidInput for a model, data or options that do not go together."""
     source = parse_source(pipeline.model, "model")
     config = source.config()
     if config is None:

@@ -17,12 +17,12 @@ from compress.runner.execute import Setting, disk_explained, execute, undo
 from compress.runner.journal import Journal, blank_record
 from compress.runner.lock import locked
 from compress.runner.logs import logged, terminable
-from compress.runner.plan import Plan
-from compress.runner.prepare import Prepared, prepare
+from compress.runner.plan import Plan, Step
+from compress.runner.prepare import Prepared, before_any_stage, prepare
 from compress.runner.record import RunRecord, State, VerdictRecord, load_record
 from compress.runner.twin import try_twin
 from compress.runner.weights import own_figures
-from compress.stage import Reporter
+from compress.stage import SOURCE, Reporter
 
 PIPELINE = "pipeline.yaml"
 
@@ -37,13 +37,12 @@ def run_pipeline(
     and SIGTERM; what is finished by then is kept, and the next call goes on from it.
     """
     run_dir = runs / pipeline.name
-    with locked(run_dir), disk_explained(run_dir), logged(run_dir), terminable():
+    with disk_explained(run_dir), locked(run_dir), logged(run_dir), terminable():
         started = time.perf_counter()
-        (run_dir / PIPELINE).write_text(pipeline.text, "utf-8")
         prepared = prepare(pipeline, run_dir, reporter)
-        for step in prepared.plan.from_step(from_stage) if from_stage else ():
-            undo(step)
-        check_disk(run_dir, todo_estimates(estimate(prepared), prepared.plan.todo))
+        again = prepared.plan.from_step(from_stage) if from_stage else ()
+        _check_means(prepared, again)
+        (run_dir / PIPELINE).write_text(pipeline.text, "utf-8")
         earlier = _earlier(run_dir)
         journal = Journal(run_dir, first_record(prepared, earlier))
         try:
@@ -51,6 +50,8 @@ def run_pipeline(
                 reporter.log.info("dry run on a random twin")
                 try_twin(prepared)
                 journal.amend(journal.record.model_copy(update={"twin": prepared.plan.digest}))
+            for step in again:
+                undo(step)
             execute(prepared.plan, _setting(prepared), journal)
             journal.amend(weighed(journal.record, prepared))
             record = judged(journal.record, pipeline.require)
@@ -63,6 +64,15 @@ def run_pipeline(
         if earlier is None or _told(earlier) != _told(journal.record) or not has_report(run_dir):
             write_report(run_dir, journal.record)
         return journal.record
+
+
+@before_any_stage()
+def _check_means(prepared: Prepared, again: tuple[Step, ...]) -> None:
+    """Raises InvalidInput for a source that can't be had or used, and for a disk that can't hold what is to come."""
+    todo = tuple(step for step in prepared.plan.steps if not step.is_cached or step in again)
+    check_disk(prepared.plan.run_dir, todo_estimates(estimate(prepared), todo))
+    if any(SOURCE in step.node.inputs.values() for step in todo):
+        own_figures(prepared.source_artifact.path, "torch", None)  # reads what its weights say of themselves
 
 
 def judged(record: RunRecord, require: Iterable[Requirement]) -> RunRecord:

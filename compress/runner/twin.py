@@ -19,7 +19,7 @@ from compress.pipeline.graph import Graph
 from compress.runner.execute import Setting, execute
 from compress.runner.journal import Journal, blank_record
 from compress.runner.plan import make_plan
-from compress.runner.prepare import Prepared
+from compress.runner.prepare import Prepared, before_any_stage
 from compress.stage import Reporter
 
 NUM_LAYERS = 4
@@ -29,11 +29,13 @@ WIDTH_STEP = 32
 """Of the twin's widths: the block of the quantised formats, so that whole blocks stay whole."""
 
 
+@before_any_stage()
 def try_twin(prepared: Prepared) -> None:
     """Run every stage's `twin()` on a twin of the source, in a temporary folder.
 
     The twin keeps the source's heads, vocabulary and tokenizer, is shallow and narrow, and reads the pipeline's own
-    text. Raises InvalidInput naming the stage that failed; bugs keep their traceback.
+    text. Raises InvalidInput for a source that can't be used, and naming the stage that failed; bugs keep their
+    traceback.
     """
     with tempfile.TemporaryDirectory(prefix="compress-twin-") as temporary:
         run_dir = Path(temporary) / "run"

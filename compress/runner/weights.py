@@ -15,7 +15,7 @@ from compress.errors import CompressError
 def count_parameters(files: Iterable[Path]) -> int:
     """Elements of all tensors in safetensors `files`; tensors that share storage are stored, and counted, once.
 
-    Raises CompressError for a file that is not safetensors.
+    Raises CompressError for a file that is not safetensors, or cut short.
     """
     return sum(math.prod(shape) for file in files for shape in _tensor_shapes(file))
 
@@ -39,6 +39,10 @@ def _tensor_shapes(file: Path) -> list[list[int]]:
         with file.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
             header = json.loads(stream.read(length))
-        return [entry["shape"] for name, entry in header.items() if name != "__metadata__"]
-    except (struct.error, ValueError, KeyError, OverflowError, MemoryError) as error:
+        entries = [entry for name, entry in header.items() if name != "__metadata__"]
+        missing = 8 + length + max((entry["data_offsets"][1] for entry in entries), default=0) - file.stat().st_size
+        if missing > 0:
+            raise ValueError(f"{missing} bytes are missing")
+        return [entry["shape"] for entry in entries]
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError, OverflowError, MemoryError) as error:
         raise CompressError(str(file), "is not a whole safetensors file", "was it cut short? get it again") from error

@@ -138,12 +138,6 @@ class Decoder:
         if self._buffers:  # bound once: two calls a slot and step would be a tenth of a small model's step
             self._bind_cache()
 
-    def reset(self, length: int = 0) -> None:
-        """Forget all but the first `length` tokens. Only a shared buffer can keep some."""
-        if length > self.length or (length and not self._buffers):
-            raise ValueError(f"can't go back to {length} tokens of {self.length}")
-        self.length, self._carried = length, []
-
     def prefill(self, input_ids: Ints) -> Floats:
         """Read `input_ids` `(B, T)` or `(T,)`; the logits `(B, V)` after its last token."""
         return self._advance(np.atleast_2d(input_ids))

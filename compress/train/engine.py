@@ -11,6 +11,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from safetensors.torch import load_model as load_weights
+from safetensors.torch import save_model as save_weights
 from transformers import (
     EarlyStoppingCallback,
     PreTrainedModel,
@@ -30,6 +31,8 @@ from compress.train.trainer import Blocks, Objective, RecoveryTrainer
 
 EVENTS = "tensorboard"
 """The folder of TensorBoard events inside `work`."""
+START = "start.safetensors"
+"""The student's weights before the first step, inside `work`."""
 
 Ids = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -59,10 +62,14 @@ def recover(
 ) -> Outcome:  # fmt: skip
     """Train `student` in place and leave it with the weights of the evaluation with the lowest loss.
 
+    The evaluation before the first step counts: where none is better, the student is what it was.
     train_NT, eval_NT: sequences of tokens. work: survives kills; a training that was killed goes on from the newest
     complete checkpoint there, to the same weights (on the CPU, bit for bit). layer_map: see Objective.
     Raises StageFailed where the loss diverges or the steps can't be divided among the processes.
     """
+    if not is_follower():
+        work.mkdir(parents=True, exist_ok=True)
+        save_weights(student, str(work / START))
     order = training_order(len(train_NT), options.num_steps * options.batch_size, seed)
     objective = Objective(options.loss, options.temperature, options.hidden_distance, layer_map)
     arguments = training_arguments(options, work, seed, bool(student.config.use_cache))
@@ -73,8 +80,8 @@ def recover(
     _place(teacher, trainer.args.device)
     state = _train(trainer, options, work, reporter)
     trainer.accelerator.wait_for_everyone()
-    best_step = state.best_global_step or state.global_step
-    load_weights(student, str(checkpoint_folder(work, best_step) / WEIGHTS))
+    best_step = _best_step(state, reporter)
+    load_weights(student, str(checkpoint_folder(work, best_step) / WEIGHTS if best_step else work / START))
     trainer.accelerator.wait_for_everyone()
     num_tokens = state.global_step * options.batch_size * train_NT.shape[1]
     return Outcome(num_tokens, best_step, state.log_history)
@@ -153,6 +160,18 @@ def _train(trainer: RecoveryTrainer, options: TrainingOptions, work: Path, repor
             trainer.add_callback(callback)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     return trainer.state
+
+
+def _best_step(state: TrainerState, reporter: Reporter) -> int:
+    """The step of the evaluation with the lowest loss: 0, with a warning, where training made nothing better."""
+    first = next(entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry)
+    if state.best_metric is not None and state.best_metric < first:
+        return int(state.best_global_step or state.global_step)
+    reporter.log.warning(
+        "training did not help: the loss on the eval split was %.4g before and %.4g at best, so the weights stay as "
+        "they were; give more tokens or another learning_rate", first, state.best_metric,
+    )  # fmt: skip
+    return 0
 
 
 def _callbacks(options: TrainingOptions, work: Path, advance: Any) -> list[TrainerCallback]:

@@ -49,7 +49,11 @@ class TrainingOptions(BaseModel):
     optim: Literal["adamw", "adamw_8bit"] = Field("adamw", description="AdamW of torch, or of bitsandbytes in 8 bits")
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 where an accelerator has it")
     gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, a third slower")
-    eval_tokens: int = Field(8192, ge=2, description="tokens of the eval split that choose the best checkpoint")
+    eval_tokens: int = Field(
+        2048, ge=2,
+        description="tokens of the eval split that choose the best weights: always the same ones, so few do; student "
+        "and teacher read them before the first step and at every evaluation",
+    )  # fmt: skip
     eval_steps: int | None = Field(
         None, ge=1, description="evaluate and write a checkpoint every so many steps (default: a quarter of them)"
     )

@@ -15,6 +15,7 @@ from compress.exports.onnx.rotary import rotary_tables
 from compress.exports.onnx.weights import Model
 from compress.models.load import auto_class, load_model
 from compress.models.parts import Parts
+from compress.quant.modules import set_weight
 from compress.quant.qtensor import QTensor
 from compress.quant.store import KEY, read_quantized
 
@@ -56,17 +57,12 @@ def _dequantised(config: Mapping[str, Any], tensors: Mapping[str, QTensor | Tens
         raise StageFailed(str(folder), what, "run its stage again")
     with torch.no_grad():
         for name, tensor in tensors.items():
-            weight = tensor.dequantize() if isinstance(tensor, QTensor) else tensor
-            own[name].copy_(weight.T if _is_transposed(model, name, tensor) else weight)
+            if isinstance(tensor, QTensor):
+                set_weight(model.get_submodule(name.removesuffix(".weight")), tensor.dequantize())
+            else:
+                own[name].copy_(tensor)
     model.train(False)
     return model
-
-
-def _is_transposed(model: PreTrainedModel, name: str, tensor: QTensor | Tensor) -> bool:
-    """Whether torch holds as (in, out) what is stored as (out, in)."""
-    from transformers.pytorch_utils import Conv1D
-
-    return isinstance(tensor, QTensor) and isinstance(model.get_submodule(name.rpartition(".")[0]), Conv1D)
 
 
 def _leave_out_tied_head(tensors: dict[str, QTensor | Tensor], parts: Parts) -> None:

@@ -31,6 +31,7 @@ class ExportOnnx(Stage):
     summary: ClassVar[str] = "Write a folder that ONNX Runtime and onnxruntime-genai run, checked against torch"
     accepts: ClassVar[frozenset[Format]] = frozenset({"torch", "quantized"})
     returns: ClassVar[Format] = "onnx"
+    reads_target: ClassVar[bool] = True
 
     format: Literal["auto", "fp32", "int8", "int4"] = Field(
         "auto",
@@ -56,6 +57,16 @@ class ExportOnnx(Stage):
         if self.fused and model.family.kind == "decoder" and model.head_dim % 8:
             what = f"GroupQueryAttention needs heads of a multiple of 8, these have {model.head_dim}"
             yield Problem("fused", what, "set fused: false")
+
+    def check_input(self, previous: Stage) -> Iterator[Problem]:
+        """What was quantised before by a scheme that `format` does not mean or that `fused` leaves no operators for."""
+        scheme = getattr(previous, "scheme", None)
+        if previous.returns != "quantized" or scheme is None:
+            return
+        if problem := _other_format(self.format, scheme):
+            yield problem
+        if self.format != "int4" and scheme == _SCHEMES["int4"] and not self.fused:
+            yield Problem("fused", f"{scheme} weights have no standard operator", "leave fused: true")
 
     def weight_bytes(self, model: ModelShape, before: float) -> float:
         """Estimated bytes: float32 of what was not quantised before."""
@@ -95,9 +106,15 @@ class ExportOnnx(Stage):
 
 
 def _refuse_other_format(artifact: Artifact, wanted: str) -> None:
-    if artifact.format != "quantized" or wanted == "auto":
+    if artifact.format != "quantized":
         return
-    scheme = artifact.config.get("quantization_config", {}).get("scheme", "")
-    if _SCHEMES.get(wanted) != scheme:
-        what = f"format {wanted!r} was asked of weights that are quantised as {scheme!r} already"
-        raise StageFailed("export-onnx.format", what, "leave format out, or change the stage that quantised them")
+    if problem := _other_format(wanted, artifact.config.get("quantization_config", {}).get("scheme", "")):
+        raise StageFailed(f"export-onnx.{problem.where}", problem.what, problem.fix)
+
+
+def _other_format(wanted: str, scheme: str) -> Problem | None:
+    """What is wrong where `wanted` is asked of weights of `scheme`."""
+    if wanted == "auto" or _SCHEMES.get(wanted) == scheme:
+        return None
+    what = f"format {wanted!r} was asked of weights that are quantised as {scheme!r} already"
+    return Problem("format", what, "leave format out, or change the stage that quantised them")

@@ -30,11 +30,13 @@ _FIGURES = {
 class Distill(TrainingOptions, Stage):
     """Trains the whole model to say what its teacher says.
 
-    What comes out has the weights of the evaluation with the lowest loss on the eval split. A killed training goes on
+    What comes out has the weights of the evaluation with the lowest loss on the eval split, be it the one before the
+    first step. A killed training goes on
     from its last complete checkpoint; one that diverges stops, and its last good checkpoint is kept.
     """
 
     name: ClassVar[str] = "distill"
+    version: ClassVar[int] = 2
     summary: ClassVar[str] = "train the model towards a teacher, by default the source"
     accepts: ClassVar[frozenset[Format]] = frozenset({"torch"})
     returns: ClassVar[Format] = "torch"

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 
 from compress.artifact import Format, Metrics, write_json
 from compress.errors import Problem
 from compress.hardware import this_machine
 from compress.models.anatomy import ModelShape
-from compress.quant.schemes import SCHEMES, W8_BLOCK32, Scheme
+from compress.quant.schemes import SCHEMES, W8_BLOCK32, W8_DYNAMIC, Scheme
 from compress.stage import Stage, StageContext
 
 if TYPE_CHECKING:
@@ -36,10 +36,10 @@ class Quantize(Stage):
         description="w4-block32: 4-bit weights, a scale for each 32 inputs (MatMulNBits); w8-dynamic: 8-bit weights, a "
         "scale for each output, activations rounded to 8 bits as they come (MatMulInteger)",
     )
-    search: Literal["none", "mse", "output", "gptq"] = Field(
+    search: Literal["none", "output", "gptq"] = Field(
         "gptq",
-        description="how scales and codes are found. none: round to nearest; mse: least error of the weights; output: "
-        "of the outputs on training text; gptq: the same, and each channel's error is made good by later ones",
+        description="how scales and codes are found. none: round to nearest; output: least error of the outputs on "
+        "training text; gptq: the same, and each channel's error is made good by later ones",
     )
     tokens: int = Field(8192, ge=1, description="training tokens that output and gptq are fitted on")
     sequence_length: int = Field(256, ge=2, description="tokens of each text block that is fitted on")
@@ -49,8 +49,17 @@ class Quantize(Stage):
         "they get 8-bit block-wise weights. auto: those with outliers, found on training text",
     )
     reduce_range: Literal["auto"] | bool = Field(
-        "auto", description="w8-dynamic: 7-bit weights, so that no product overflows; auto: where this CPU has no VNNI"
-    )
+        "auto", validate_default=True,
+        description="w8-dynamic: 7-bit weights, so that no product overflows; auto: where this CPU has no VNNI",
+    )  # fmt: skip
+
+    @field_validator("reduce_range")
+    @classmethod
+    def _as_this_cpu_needs(cls, value: Literal["auto"] | bool, others: ValidationInfo) -> Literal["auto"] | bool:
+        """`auto` becomes what it means here, so that the artifact's key tells one CPU's weights from another's."""
+        if value != "auto" or others.data.get("scheme") != W8_DYNAMIC.name:
+            return value
+        return VNNI_FLAGS.isdisjoint(this_machine().flags)
 
     def check(self, model: ModelShape) -> Iterator[Problem]:
         """Whether the options belong to the scheme, the text blocks fit, and named projections exist."""
@@ -110,10 +119,7 @@ class Quantize(Stage):
     @property
     def _scheme(self) -> Scheme:
         scheme = SCHEMES[self.scheme]
-        reduce = self.reduce_range
-        if reduce == "auto":
-            reduce = VNNI_FLAGS.isdisjoint(this_machine().flags)
-        return scheme.reduced if scheme.dynamic and reduce else scheme
+        return scheme.reduced if scheme.dynamic and self.reduce_range else scheme
 
     def _quantize(self, parts: Parts, context: StageContext) -> Quantized:
         import torch
@@ -121,9 +127,9 @@ class Quantize(Stage):
         from compress.models.load import load_tokenizer
         from compress.quant.apply import calibrate_model, round_model
 
-        needs_text = self.search in ("output", "gptq") or (self._scheme.dynamic and self.weight_only == "auto")
+        needs_text = self.search != "none" or (self._scheme.dynamic and self.weight_only == "auto")
         if not needs_text:
-            return round_model(parts, self._scheme, self.search, self.weight_only)
+            return round_model(parts, self._scheme, self.weight_only)
         tokenizer = load_tokenizer(context.input.path)
         ids_BT = torch.from_numpy(context.data.blocks("train", tokenizer, self.sequence_length, self.tokens))
         with context.reporter.progress("fitting layers", len(parts.layers)) as advance:

@@ -162,7 +162,8 @@ def test_encoders(tmp_path: Path, architecture: str | None, figures: set[str]) -
         file.write_text(json.dumps(json.loads(file.read_text()) | extra))
     metrics, _ = evaluate(tmp_path, other, source)
     result = metrics["result"]
-    assert {name for name in result if not name.endswith("_se")} == figures
+    assert {name for name in result if not name.endswith("_se")} == figures | {"eval_tokens"}
+    assert result["eval_tokens"] == BLOCKS * LENGTH
     assert all(math.isfinite(value) for value in result.values())
     assert result.get("kl", 1) > 0
     assert abs(result.get("cosine", 0)) < 0.99

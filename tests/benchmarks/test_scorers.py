@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 
 from compress.benchmarks.export_cost import cost_of
@@ -22,6 +23,18 @@ def test_an_onnx_decoder_gives_the_logits_of_every_position(toy_decoder: Callabl
     assert logits_TV.shape == (3, 32)
     assert np.array_equal(logits_TV[0], logits_TV[2]), "the toy is a bigram model"
     assert not np.array_equal(logits_TV[0], logits_TV[1])
+
+
+def test_a_decoder_that_keeps_its_logits_to_itself_is_refused(toy_decoder: Callable[[str], Path]) -> None:
+    folder = toy_decoder("toy")
+    model = onnx.load(folder / "model.onnx")
+    all_logits, last = model.graph.node[0], onnx.helper.make_node("Gather", ["all", "last"], ["logits"], axis=1)
+    all_logits.output[0] = model.graph.node[1].input[0] = "all"
+    model.graph.node.insert(1, last)
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.array([-1]), "last"))
+    onnx.save(model, folder / "model.onnx")
+    with pytest.raises(CompressError, match="the last token alone"):
+        open_scorer(folder, "causal", threads=1)(np.array([3, 1, 3]))
 
 
 def test_an_onnx_encoder_is_pooled_as_its_folder_says(toy_encoder: Callable[[str], Path]) -> None:

@@ -198,6 +198,7 @@ def test_encoder_takes_padding_on_either_side(exported: Callable[[str, bool], Pa
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}),
         ("bert", {"architecture": "BertForMaskedLM"}),
         ("bert", {"architecture": "BertForSequenceClassification", "num_labels": 3}),
+        ("bert", {"architecture": "BertForSequenceClassification", "num_labels": 1}),
         ("bert", {"architecture": "BertForTokenClassification"}),
     ],
 )
@@ -296,6 +297,31 @@ def test_a_wrong_weight_fails_the_parity_check(pico: Pico, tmp_path: Path, monke
     monkeypatch.setattr(attention, "scale", lambda model, layer: 0.2)
     with pytest.raises(StageFailed, match="differs from torch by"):
         export(pico("llama"), tmp_path / "out")
+
+
+@pytest.mark.parametrize("model_type", ["llama", "bert"])
+def test_outputs_that_are_no_numbers_fail_it_too(
+    pico: Pico, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_type: str
+) -> None:
+    from compress.exports.onnx import attention, encoder
+
+    for module in (attention, encoder):
+        monkeypatch.setattr(module, "scale", lambda model, layer: float("nan"))
+    with pytest.raises(StageFailed, match="differs from torch by inf"):
+        export(pico(model_type), tmp_path / "out", fused=False)
+
+
+def test_check_input_knows_what_was_quantised_before() -> None:
+    from compress.stages.prune.layers import PruneLayers
+    from compress.stages.quantize.stage import Quantize
+
+    w4, w8 = Quantize(), Quantize(scheme="w8-dynamic")
+    for previous, options, where in (
+        (w8, {"format": "int4"}, ["format"]), (w4, {"format": "int8"}, ["format"]),
+        (w4, {"format": "fp32"}, ["format"]), (w4, {"fused": False}, ["fused"]),
+        (w4, {}, []), (w4, {"format": "int4"}, []), (w8, {"fused": False}, []), (PruneLayers(drop=1), {}, []),
+    ):  # fmt: skip
+        assert [problem.where for problem in ExportOnnx(**options).check_input(previous)] == where  # type: ignore[arg-type]
 
 
 def test_check_and_before(pico: Pico) -> None:

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from compress.errors import CompressError
 from compress.fetch.cache import ensure, entry_path, file_sha256, finished
@@ -82,11 +83,16 @@ def test_a_damaged_entry_is_built_again(cache: Path, damage: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("number", "expected"), [(errno.ENOSPC, "no space is left"), (errno.EROFS, "can't be written")]
+    ("error", "expected"),
+    [
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "no space is left"),
+        (SafetensorError("I/O error: No space left on device (os error 28)"), "no space is left"),
+        (OSError(errno.EROFS, os.strerror(errno.EROFS)), "can't be written"),
+    ],
 )
-def test_a_full_or_unwritable_disk_is_one_clear_message(number: int, expected: str) -> None:
+def test_a_full_or_unwritable_disk_is_one_clear_message(error: Exception, expected: str) -> None:
     def build(out: Path) -> dict[str, str]:
-        raise OSError(number, os.strerror(number))
+        raise error
 
     with pytest.raises(CompressError, match=expected):
         ensure("kind", "one", build)

@@ -9,7 +9,7 @@ import pytest
 from fake_stages import Pack, Round, fakes  # noqa: F401 (fakes is a fixture)
 
 from compress.errors import InvalidInput
-from compress.models.anatomy import shape_of
+from compress.models.anatomy import ModelShape, shape_of
 from compress.pipeline.file import Pipeline, load_pipeline
 from compress.pipeline.graph import Graph, resolve
 from compress.pipeline.require import measured_early, parse_requirement
@@ -66,6 +66,21 @@ def test_measurement_leaves_the_model_as_it_is(tmp_path: Path) -> None:
     graph = graph_of(tmp_path, "shrink: {keep: 3}, judge, tune")
     assert [node.inputs[INPUT] for node in graph.nodes] == [SOURCE, "shrink", "shrink"]
     assert graph.result == "tune"
+
+
+@pytest.mark.parametrize("shape", [SHAPE, None])
+def test_stage_may_refuse_what_the_one_before_it_makes(tmp_path: Path, shape: ModelShape | None) -> None:
+    with pytest.raises(InvalidInput, match=r"stages\[2\]\.pack\.format: what comes in has 8 bits; round to 4"):
+        resolve(load(tmp_path, "round: {bits: 8}, judge, pack: {format: int4}"), shape)
+    assert resolve(load(tmp_path, "round: {bits: 4}, judge, pack: {format: int4}"), shape).result == "pack"
+
+
+def test_distance_has_no_baseline(tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput, match=r"kl of 'source'; it compares two models already: .* \"<= 0\.1\""):
+        graph_of(tmp_path, "shrink: {keep: 3}, judge", '{kl: "<= 0.1x source"}')
+    require = '{kl: "<= 0.1", perplexity: "<= 2x source"}'
+    assert graph_of(tmp_path, "shrink: {keep: 3}, judge", require).result == "shrink"
+    assert graph_of(tmp_path, "shrink: {keep: 3, id: one}, judge, shrink: {keep: 2}, judge", '{kl: "<= 2x one"}')
 
 
 def test_before_becomes_a_hidden_stage(tmp_path: Path) -> None:

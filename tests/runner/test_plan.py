@@ -71,6 +71,16 @@ def test_a_measurement_belongs_to_machine_target_and_runtime(monkeypatch: pytest
     assert key(MEASURE) != before
 
 
+def test_what_is_written_for_a_target_belongs_to_it() -> None:
+    class ForTarget(fakes.FakeShrink):
+        reads_target: ClassVar[bool] = True
+
+    two, seven = (
+        stage_key(ForTarget(), KEYS, data=DATA, seed=0, target=Target(threads=threads)) for threads in (2, 7)
+    )
+    assert two != seven
+
+
 def test_keys_are_the_same_in_every_process() -> None:
     code = "import test_plan; print(test_plan.key(test_plan.MEASURE), test_plan.key())"
     for hash_seed in ("1", "2"):

@@ -155,3 +155,10 @@ def test_help_is_quick() -> None:
     code = "from compress.cli.main import app; import sys; sys.exit('torch' in sys.modules or 'rich' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
     assert cpu_seconds() - began < 0.5
+
+
+def test_bars_of_libraries_are_silent() -> None:
+    code = "from compress.cli.main import quiet_libraries as q; q(); from tqdm.auto import tqdm; list(tqdm(range(3)))"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("TQDM")}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

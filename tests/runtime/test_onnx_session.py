@@ -45,22 +45,6 @@ def test_steps_are_the_whole(folder: Path) -> None:
         decoder.step(1)
 
 
-def test_reset_forgets(folder: Path) -> None:
-    model = OnnxModel(folder, threads=1)
-    decoder = model.decoder(32)
-    first = decoder.prefill(IDS)
-    decoder.step(3)
-    decoder.reset()
-    np.testing.assert_array_equal(decoder.prefill(IDS), first)
-    if model.shares_cache:
-        stepped = decoder.step(5)
-        decoder.reset(20)
-        np.testing.assert_array_equal(decoder.step(5), stepped)
-    else:
-        with pytest.raises(ValueError, match="can't go back"):
-            decoder.reset(20)
-
-
 def test_rows_of_a_batch_are_alike(folder: Path) -> None:
     model = OnnxModel(folder, threads=1)
     one = model.decoder(64).greedy(IDS, 8)

@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from pico_training import LENGTH, STEPS, blocks, train
 
 from compress.errors import StageFailed
+from compress.models.load import load_model
 from compress.train.callbacks import LossWatch
 from compress.train.checkpoints import is_complete, newest_complete, remove_incomplete
 from compress.train.engine import training_order
@@ -51,13 +52,24 @@ def test_it_lowers_the_loss_and_keeps_the_best(reference):
 
 
 def test_what_is_returned_is_the_best_not_the_last(models, tmp_path):
-    weights, outcome = train(*models, tmp_path, learning_rate=0.2, warmup_ratio=0.0, lr_scheduler_type="linear")
-    losses = {entry["step"]: entry["eval_loss"] for entry in outcome.log if "eval_loss" in entry and entry["step"]}
+    jumpy = {"learning_rate": 0.2, "warmup_ratio": 0.0, "lr_scheduler_type": "constant_with_warmup"}
+    weights, outcome = train(*models, tmp_path, **jumpy)
+    losses = {entry["step"]: entry["eval_loss"] for entry in outcome.log if "eval_loss" in entry}
     assert outcome.best_step == min(losses, key=losses.__getitem__)
+    assert 0 < outcome.best_step < STEPS
     from safetensors.torch import load_file
 
     saved = load_file(tmp_path / f"checkpoint-{outcome.best_step}" / "model.safetensors")
     assert all(torch.equal(weights[name], tensor) for name, tensor in saved.items())
+
+
+def test_a_training_that_made_it_worse_leaves_the_input_as_it_was(models, tmp_path, caplog):
+    for _ in range(2):  # the second time nothing is trained: the last checkpoint is the end
+        weights, outcome = train(*models, tmp_path, learning_rate=0.9, warmup_ratio=0.0)
+        assert outcome.best_step == 0
+        assert outcome.best == outcome.first
+        assert distance(weights, dict(load_model(models[0]).state_dict())) == 0.0
+    assert [record.levelname for record in caplog.records if "did not help" in record.message] == ["WARNING"] * 2
 
 
 def test_accumulation_changes_nothing(models, reference, tmp_path):

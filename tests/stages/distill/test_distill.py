@@ -106,9 +106,12 @@ def test_encoders(architecture, loss, tmp_path):
 
 
 def test_a_bare_encoder_has_no_logits(tmp_path):
-    models = {role: make_pico("bert", tmp_path / role) for role in ("input", "teacher")}
-    with pytest.raises(StageFailed, match=r"no logits; use loss: \{kl: 0, hidden: 1\}"):
-        distil(tmp_path, models)
+    models = {role: make_pico("bert", tmp_path / role, seed=seed) for seed, role in enumerate(("input", "teacher"))}
+    with pytest.raises(StageFailed, match=r"without logits; use loss: \{kl: 0, hidden: 1\}"):
+        distil(tmp_path, models, loss={"kl": 1})
+    metrics = distil(tmp_path, models)
+    assert metrics["result"]["eval_loss"] < metrics["input"]["eval_loss"], "hidden states where nothing was asked for"
+    assert "kl_to_teacher" not in metrics["result"]
 
 
 @pytest.mark.parametrize(("bits", "tolerance"), [(8, 0.05), (4, 0.3)])

@@ -1,0 +1,37 @@
+"""Estimates of time against what SmolLM2-135M took on 2 CPUs of an AMD EPYC, within a factor of two."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from compress.hardware import Machine
+from compress.models.anatomy import shape_of
+from compress.pipeline.file import load_pipeline
+from compress.pipeline.graph import resolve
+from compress.runner.estimate import cost
+
+SMOLLM2 = {
+    "model_type": "llama", "num_hidden_layers": 30, "hidden_size": 576, "intermediate_size": 1536,
+    "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152, "tie_word_embeddings": True,
+    "max_position_embeddings": 8192,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("stage", "measured_seconds"),
+    [
+        ("prune-layers: {drop: 2}", 35), ("quantize: {}", 70), ("export-onnx: {format: fp32}", 9),
+        ("evaluate: {tokens: 8192}", 45), ("distill: {tokens: 1024}", 11), ("export-onnx, latency: {}", 121),
+    ],
+)  # fmt: skip
+def test_within_a_factor_of_two(
+    stage: str, measured_seconds: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("compress.runner.estimate.this_machine", lambda: Machine("EPYC", (), 2, 8.0, "Linux"))
+    file = tmp_path / "p.yaml"
+    file.write_text(f"name: p\nmodel: org/name\nstages: [{stage}]\n")
+    shape = shape_of(SMOLLM2)
+    *_, node = resolve(load_pipeline(file), shape).nodes
+    assert measured_seconds / 2 < cost(node, shape, 0.0).seconds < measured_seconds * 2
