@@ -12,7 +12,6 @@ from compress.stage import Stage
 GROUP = "compress.stages"
 
 
-@cache
 def stage_names() -> tuple[str, ...]:
     """The names of all installed stages, sorted."""
     return tuple(sorted(_points()))

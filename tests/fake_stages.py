@@ -133,10 +133,7 @@ STAGES = {cls.name: cls for cls in (Shrink, Tune, Round, Pack, Judge, Time)}
 
 
 @pytest.fixture
-def fakes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def fakes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes these the only stages there are."""
     points = {name: EntryPoint(name, f"fake_stages:{cls.__name__}", registry.GROUP) for name, cls in STAGES.items()}
     monkeypatch.setattr(registry, "_points", lambda: points)
-    registry.stage_names.cache_clear()
-    yield
-    registry.stage_names.cache_clear()

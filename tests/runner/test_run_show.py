@@ -18,7 +18,6 @@ from compress.errors import InvalidInput
 @pytest.fixture(autouse=True)
 def _here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(registry, "_points", fakes.points)
-    registry.stage_names.cache_clear()
     monkeypatch.setenv("COMPRESS_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     fakes.make_model(tmp_path / "model")

@@ -24,7 +24,6 @@ Pico = Callable[[str], Path]
 @pytest.fixture(autouse=True)
 def _fake_stages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(registry, "_points", fakes.points)
-    registry.stage_names.cache_clear()
     monkeypatch.setenv("COMPRESS_CACHE", str(tmp_path / "cache"))
 
 
