@@ -33,12 +33,6 @@ def file_schema() -> dict[str, Any]:
     return {"$schema": _DIALECT, **top, "title": "compress pipeline file", "$defs": parts}
 
 
-def options_of(cls: type[Stage]) -> Mapping[str, Mapping[str, Any]]:
-    """The JSON schemas of a stage's options, by name."""
-    properties: Mapping[str, Mapping[str, Any]] = cls.model_json_schema().get("properties", {})
-    return properties
-
-
 def _stage_schema(schema: Mapping[str, Any], cls: type[Stage]) -> dict[str, Any]:
     id_ = {"type": "string", "pattern": ID_PATTERN, "description": "the name of this stage, where one occurs twice"}
     described = {"description": cls.summary, "additionalProperties": False}
