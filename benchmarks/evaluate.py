@@ -8,6 +8,7 @@ from typing import ClassVar, Literal, Self
 from pydantic import Field
 
 from compress.artifact import Format, Metrics, write_json
+from compress.benchmarks.recall import Recall
 from compress.errors import Problem
 from compress.models.anatomy import ModelShape
 from compress.stage import SOURCE, Ref, Stage, StageContext
@@ -16,7 +17,10 @@ FIGURES = ("perplexity", "perplexity_ratio", "kl", "top1_agreement", "cosine")
 
 
 class Evaluate(Stage):
-    """Perplexity of any artifact, and its KL, top-1 agreement and paired perplexity ratio against the source."""
+    """Perplexity of any artifact, and its KL, top-1 agreement and paired perplexity ratio against the source.
+
+    With `recall: {}`, also what short texts hide: how well it remembers what it has read, beside the source.
+    """
 
     name: ClassVar[str] = "evaluate"
     summary: ClassVar[str] = "perplexity, KL and top-1 agreement against the source, with standard errors"
@@ -27,6 +31,8 @@ class Evaluate(Stage):
     tokens: int = Field(8192, ge=8, description="tokens of the eval split that are read")
     sequence_length: int = Field(256, ge=4, description="tokens in one block; each block is read on its own")
     against: str = Field(SOURCE, description="the model that it is compared with: source, or an earlier stage's id")
+
+    recall: Recall | None = Field(None, description="what else is asked: MQAR, a needle, perplexity by position")
 
     def inputs(self) -> Mapping[str, Ref]:
         return {self.against: Ref(self.against)}
@@ -42,13 +48,20 @@ class Evaluate(Stage):
                 "tokens", f"{self.tokens} is under two blocks of {self.sequence_length}: no standard error",
                 f"at least {2 * self.sequence_length}",
             )  # fmt: skip
+        if self.recall is not None:
+            yield from self.recall.problems(model)
 
     def produces(self) -> Sequence[str]:
-        return [name for figure in FIGURES for name in (figure, f"{figure}_se")]
+        figures = (*FIGURES, *(self.recall.figures() if self.recall else ()))
+        return [name for figure in figures for name in (figure, f"{figure}_se")]
+
+    def forward_tokens(self, model: ModelShape) -> float:
+        return self.tokens + (self.recall.forward_tokens() if self.recall else 0)
 
     def twin(self) -> Self:
         length = min(self.sequence_length, 32)
-        return self.model_copy(update={"sequence_length": length, "tokens": 2 * length})
+        recall = self.recall and self.recall.twin()
+        return self.model_copy(update={"sequence_length": length, "tokens": 2 * length, "recall": recall})
 
     def run(self, context: StageContext) -> Metrics:
         from compress.benchmarks.judging import judge
@@ -56,7 +69,7 @@ class Evaluate(Stage):
         found = judge(
             context.input.path, context.inputs[self.against].path, context.data,
             sequence_length=self.sequence_length, max_tokens=self.tokens,
-            threads=context.target.threads, reporter=context.reporter,
+            threads=context.target.threads, reporter=context.reporter, recall=self.recall,
         )  # fmt: skip
         result = {**found.result(), "eval_tokens": float(found.num_tokens)}
         metrics = {"result": result, self.against: found.reference()}

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from compress.benchmarks import quality
 from compress.benchmarks.quality import Estimate, Floats, Ints
+from compress.benchmarks.recollection import Recollection
 from compress.benchmarks.scorers import Scorer, Task
 from compress.errors import StageFailed
 from compress.stage import Progress
@@ -31,12 +32,13 @@ class Question:
 class Evaluation:
     """Sums over each of N blocks, by figure, and the number of predictions (N,) that they are sums of.
 
-    num_tokens: how many tokens of text the models were shown.
+    num_tokens: how many tokens of text the models were shown. recollection: what they remembered, where it was asked.
     """
 
     num_predictions_N: Ints
     sums: Mapping[str, NDArray[np.float64]]
     num_tokens: int
+    recollection: Recollection | None = None
 
     def mean(self, figure: str) -> Estimate:
         """The mean over predictions, with its standard error over blocks."""
@@ -54,18 +56,21 @@ class Evaluation:
         for figure in ("kl", "top1_agreement", "cosine"):
             if figure in self.sums:
                 figures |= _named(figure, self.mean(figure))
-        return figures
+        return figures | (self.recollection.result() if self.recollection else {})
 
     def reference(self) -> dict[str, float]:
         """The reference's own figures on the same blocks."""
         if "reference_nll" not in self.sums:
             return {}
-        return _named("perplexity", quality.exponential(self.mean("reference_nll")))
+        remembered = self.recollection.reference() if self.recollection else {}
+        return _named("perplexity", quality.exponential(self.mean("reference_nll"))) | remembered
 
     def to_json(self) -> dict[str, Any]:
         """Each block's sums, so that a later comparison on the same blocks can be paired."""
         sums = {figure: values.tolist() for figure, values in self.sums.items()}
-        return {"num_blocks": len(self.num_predictions_N), "num_predictions": self.num_predictions_N.tolist()} | sums
+        recall = {"recall": self.recollection.to_json()} if self.recollection else {}
+        num_blocks = len(self.num_predictions_N)
+        return {"num_blocks": num_blocks, "num_predictions": self.num_predictions_N.tolist()} | sums | recall
 
 
 def questions(blocks_NT: Ints, task: Task, mask_id: int | None = None) -> list[Question]:
@@ -98,11 +103,11 @@ def evaluate(
     rows: list[dict[str, float]] = []
     counts: list[int] = []
     for number, question in enumerate(asked):
-        answer = _finite(score(question.ids_T), number)[question.rows]
+        answer = _finite(score(question.ids_T, question.rows), number)
         theirs = None
         if reference is not None:
             same = reference is score
-            theirs = answer if same else _finite(reference(question.ids_T), number)[question.rows]
+            theirs = answer if same else _finite(reference(question.ids_T, question.rows), number)
         rows.append({figure: float(values.sum()) for figure, values in _figures(answer, theirs, question, task)})
         counts.append(len(answer))
         advance(1)

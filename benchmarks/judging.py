@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from compress.benchmarks.evaluation import Evaluation, evaluate, questions
+from compress.benchmarks.haystack import Haystack
 from compress.benchmarks.quality import Ints
+from compress.benchmarks.recall import Recall
+from compress.benchmarks.recollection import recollect
 from compress.benchmarks.scorers import logits_of, open_scorer, task_of
 from compress.data.text import TextData
 from compress.errors import StageFailed
@@ -22,35 +26,37 @@ if TYPE_CHECKING:
 
 def judge(
     subject: Path, reference: Path | None, data: TextData, *,
-    sequence_length: int, max_tokens: int, threads: int, reporter: Reporter,
+    sequence_length: int, max_tokens: int, threads: int, reporter: Reporter, recall: Recall | None = None,
 ) -> Evaluation:  # fmt: skip
     """Evaluate the model in `subject` on the eval split, beside the one in `reference` where there is one.
 
+    recall: what else is asked, of language models only, and where.
     Raises StageFailed where the two folders' tokenizers disagree on this text (then no figure of one could be held
-    against the other's), where there are fewer than two blocks, or where a model's output is not finite.
+    against the other's), where the text is too short, or where a model's output is not finite.
     """
     task = task_of(reference or subject)
     tokenizer = load_tokenizer(reference or subject)
     inner = sequence_length if task == "causal" else sequence_length - 2
-    blocks_NT: Ints = data.blocks("eval", tokenizer, inner, max_tokens)
-    if len(blocks_NT) < 2:
-        raise StageFailed(
-            "evaluate", f"the eval text has {len(blocks_NT)} block(s) of {sequence_length} tokens; 2 are the least",
-            "give more text, more tokens or a shorter sequence_length",
-        )  # fmt: skip
+    blocks_NT = _blocks(data, tokenizer, inner, max_tokens, "sequence_length")
     if reference is not None and not _same_tokenizer_file(subject, reference):
         theirs_NT = data.blocks("eval", load_tokenizer(subject), inner, max_tokens)
         if not np.array_equal(blocks_NT, theirs_NT):
             raise StageFailed("evaluate", f"the tokenizers of {subject} and {reference} differ", "use the same one")
     if task != "causal":
         blocks_NT = _with_edges(blocks_NT, tokenizer)
+    # before any model is loaded: the text may be too short
+    material = None if recall is None else _material(data, tokenizer, recall)
     score = open_scorer(subject, task, threads=threads)
     beside = score if reference == subject else None
     if reference is not None and beside is None:
         beside = open_scorer(reference, task, threads=threads)
     asked = questions(blocks_NT, task, tokenizer.mask_token_id)
     with reporter.progress("evaluate", len(asked)) as advance:
-        return evaluate(score, beside, asked, task, advance)
+        found = evaluate(score, beside, asked, task, advance)
+    if recall is None or material is None:
+        return found
+    with reporter.progress("recall", recall.samples) as advance:
+        return replace(found, recollection=recollect(score, beside, *material, recall, advance))
 
 
 def compare(subject: nn.Module, reference: nn.Module, blocks_NT: Ints) -> Evaluation:
@@ -58,6 +64,29 @@ def compare(subject: nn.Module, reference: nn.Module, blocks_NT: Ints) -> Evalua
     asked = questions(blocks_NT, "causal")
     with Reporter().progress("compare", len(asked)) as advance:
         return evaluate(logits_of(subject), logits_of(reference), asked, "causal", advance)
+
+
+def _blocks(data: TextData, tokenizer: PreTrainedTokenizerBase, length: int, max_tokens: int, option: str) -> Ints:
+    """At least two blocks of the eval text (N, length)."""
+    blocks_NT: Ints = data.blocks("eval", tokenizer, length, max_tokens)
+    if len(blocks_NT) < 2:
+        raise StageFailed(
+            "evaluate", f"the eval text has {len(blocks_NT)} block(s) of {length} tokens; 2 are the least",
+            f"give more text, more tokens or a shorter {option}",
+        )  # fmt: skip
+    return blocks_NT
+
+
+def _material(data: TextData, tokenizer: PreTrainedTokenizerBase, recall: Recall) -> tuple[Haystack, Ints]:
+    """The text that recall is asked in, as sentences and in blocks of one token more than the longest context."""
+    length = recall.longest + 1
+    blocks_NT = _blocks(data, tokenizer, length, recall.samples * length, "recall.contexts")
+    haystack = Haystack(data.texts("eval"), tokenizer)
+    needed, found = 2 * recall.mqar_pairs, len(haystack.words)
+    if found < needed:
+        what = f"{needed} lower-case words that are one token are needed, and the eval text has {found}"
+        raise StageFailed("evaluate.recall.mqar_pairs", what, "ask for fewer pairs, or give more text")
+    return haystack, blocks_NT
 
 
 def _with_edges(blocks_NT: Ints, tokenizer: PreTrainedTokenizerBase) -> Ints:

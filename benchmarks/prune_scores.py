@@ -19,9 +19,9 @@ from compress.data.config import DataConfig
 from compress.data.text import TextData
 from compress.models.load import load_model, load_tokenizer
 from compress.models.parts import Parts
+from compress.models.replay import Trace, distance, output
 from compress.stage import Reporter
 from compress.stages.prune import scores
-from compress.stages.prune.replay import Trace, distance, output
 
 NUM_RANDOM = 3
 

@@ -2,20 +2,36 @@
 
 from __future__ import annotations
 
+import inspect
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
 from compress.benchmarks.quality import Floats, Ints
 from compress.errors import CompressError
 
+if TYPE_CHECKING:
+    from compress.runtime.session import OnnxModel
+
 Task = Literal["causal", "masked", "classification", "embedding"]
-Scorer = Callable[[Ints], Floats]
-"""Ids (T,) of one sequence → logits (T, V) of a language model, (1, labels) of a classifier, (T, labels) of a token
-classifier, or one embedding (1, H) of a bare encoder."""
+Rows = Ints | slice
+_ALL = slice(None)
+_ONNX_TOKENS = 1024
+"""A graph reads so many tokens at once, carrying its state, so that memory does not grow with the context."""
+
+
+class Scorer(Protocol):
+    """Ids (T,) of one sequence → what the model says about them.
+
+    That is logits (T, V) of a language model, (1, labels) of a classifier, (T, labels) of a token classifier, or one
+    embedding (1, H) of a bare encoder. Of a language model, only the `rows` that are asked for are computed, in
+    rising order, where the model allows it.
+    """
+
+    def __call__(self, ids_T: Ints, rows: Rows = _ALL) -> Floats: ...
+
 
 _HEADS: tuple[tuple[str, Task], ...] = (
     ("ForCausalLM", "causal"), ("LMHeadModel", "causal"), ("ForMaskedLM", "masked"),
@@ -43,21 +59,29 @@ def open_scorer(folder: Path, task: Task, *, threads: int) -> Scorer:
 
 def logits_of(model: Any) -> Scorer:
     """A torch model that is loaded already, with a head."""
-    return lambda ids_T: np.atleast_2d(_forward(model, ids_T).logits[0].float().numpy())
+    keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
+
+    def score(ids_T: Ints, rows: Rows = _ALL) -> Floats:
+        if keeps:
+            return np.asarray(_forward(model, ids_T, np.arange(len(ids_T))[rows]).logits[0].float())
+        return np.atleast_2d(_forward(model, ids_T).logits[0].float().numpy())[rows]
+
+    return score
 
 
 def _torch_scorer(folder: Path, task: Task) -> Scorer:
     model = _load(folder)
     if task != "embedding":
         return logits_of(model)
-    return lambda ids_T: pool(folder, _forward(model, ids_T)[0][0].float().numpy())
+    return lambda ids_T, rows=_ALL: pool(folder, _forward(model, ids_T)[0][0].float().numpy())[rows]
 
 
-def _forward(model: Any, ids_T: Ints) -> Any:
+def _forward(model: Any, ids_T: Ints, logits_of_R: Ints | None = None) -> Any:
     import torch
 
+    ids_1T = torch.from_numpy(np.asarray(ids_T, np.int64))[None]
     with torch.inference_mode():
-        return model(torch.from_numpy(np.asarray(ids_T, np.int64))[None])
+        return model(ids_1T) if logits_of_R is None else model(ids_1T, logits_to_keep=torch.from_numpy(logits_of_R))
 
 
 def _load(folder: Path) -> Any:
@@ -76,22 +100,33 @@ def _onnx_scorer(folder: Path, task: Task, threads: int) -> Scorer:
 
     model = OnnxModel(folder, threads=threads)
 
-    def score(ids_T: Ints) -> Floats:
-        ids_1T = np.asarray(ids_T, np.int64)[None]
+    def score(ids_T: Ints, rows: Rows = _ALL) -> Floats:
         if task == "causal":
-            logits_1TV, _ = model.forward(ids_1T)
-            if logits_1TV.shape[1] != len(ids_T):
-                fix = "give a build that computes all of them, for onnxruntime-genai's one without prune_lm_head"
-                raise CompressError(str(folder), "computes the logits of the last token alone", fix)
-            return np.asarray(logits_1TV[0])
-        outputs = model.encode(ids_1T)
+            return _decoder_logits(model, ids_T, np.arange(len(ids_T))[rows])
+        outputs = model.encode(np.asarray(ids_T, np.int64)[None])
         if task != "embedding":
-            return np.atleast_2d(outputs["logits"][0])
+            return np.atleast_2d(outputs["logits"][0])[rows]
         if "sentence_embedding" in outputs:
-            return np.atleast_2d(outputs["sentence_embedding"][0])
-        return pool(folder, outputs["last_hidden_state"][0])
+            return np.atleast_2d(outputs["sentence_embedding"][0])[rows]
+        return pool(folder, outputs["last_hidden_state"][0])[rows]
 
     return score
+
+
+def _decoder_logits(model: OnnxModel, ids_T: Ints, rows_R: Ints) -> Floats:
+    """The logits (R, V) after the tokens `rows_R`, which rise, _ONNX_TOKENS read at a time."""
+    found, past = [], None
+    for start in range(0, len(ids_T), _ONNX_TOKENS):
+        ids_1N = np.asarray(ids_T[None, start : start + _ONNX_TOKENS], np.int64)
+        stop = start + ids_1N.shape[1]
+        from_end_R = rows_R[(rows_R >= start) & (rows_R < stop)] - stop
+        num_logits = -int(from_end_R.min(initial=-1))
+        logits_1LV, past = model.forward(ids_1N, np.ones((1, stop), np.int64), past, num_logits)
+        if logits_1LV.shape[1] < num_logits:
+            fix = "give a build that computes all of them, for onnxruntime-genai's one without prune_lm_head"
+            raise CompressError(str(model.folder), "computes the logits of the last token alone", fix)
+        found.append(logits_1LV[0, from_end_R])
+    return np.concatenate(found)
 
 
 def pool(folder: Path, hidden_TH: Floats) -> Floats:

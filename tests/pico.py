@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -78,4 +79,31 @@ def make_pico(model_type: str, folder: Path, *, num_hidden_layers: int = 4, seed
     _tokenizer().save_pretrained(folder)
     (folder / "LICENSE").write_text("Apache-2.0\n")
     (folder / "README.md").write_text("# a pico model\n")
+    return folder
+
+
+def make_hybrid(
+    model_type: str, folder: Path, mixers: Sequence[str | None] = ("mamba2", None, "gated-delta", "linear"),
+    *, layer_types: Sequence[str] | None = None, sliding_window: int | None = None, **overrides: Any,
+) -> Path:  # fmt: skip
+    """Write a pico model of `model_type` whose layers have these mixers, with random weights in all of their parts."""
+    import tempfile
+
+    import torch
+
+    from compress.mixers.spec import SPECS
+    from compress.models.convert import to_hybrid
+    from compress.models.load import load_model, save_model
+
+    specs = [SPECS[name] if name else None for name in mixers]  # type: ignore[index]
+    with tempfile.TemporaryDirectory() as temporary:
+        source = make_pico(model_type, Path(temporary), num_hidden_layers=len(specs), **overrides)
+        softmax = load_model(source)
+        model = to_hybrid(softmax, specs, layer_types, sliding_window)
+        inherited = set(softmax.state_dict())
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name not in inherited:  # the identity that a mixer starts as would hide a forgotten part
+                    parameter.add_(torch.rand_like(parameter), alpha=0.2)
+        save_model(model, source, folder)
     return folder

@@ -23,7 +23,8 @@ FILES = sorted((ROOT / "tests/pipelines").glob("*.yaml"))
 @pytest.mark.parametrize("file", FILES, ids=[file.stem for file in FILES])
 def test_a_pipeline_runs_to_its_end_and_is_cached(file: Path, pico: Callable[[str], Path], tmp_path: Path) -> None:
     copy = tmp_path / file.name
-    copy.write_text(file.read_text("utf-8").replace("PICO", str(pico("llama"))), "utf-8")
+    text = file.read_text("utf-8").replace("PICO-bert", str(pico("bert"))).replace("PICO", str(pico("llama")))
+    copy.write_text(text, "utf-8")
     record = run_pipeline(valid_pipeline(copy), runs=tmp_path / "runs", reporter=Reporter())
     assert record.state is State.DONE, record.verdicts
     assert all(verdict.met for verdict in record.verdicts)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from compress.errors import InvalidInput
+from compress.errors import InvalidInput, Problem
+
+if TYPE_CHECKING:
+    from compress.benchmarks.recall import Recall
 
 
 def evaluate(
@@ -22,6 +26,10 @@ def evaluate(
     ] = None,
     tokens: Annotated[int, typer.Option(min=8, help="Tokens to read, spread evenly over the text.")] = 8192,
     sequence_length: Annotated[int, typer.Option(min=4, help="Tokens in one block, read on its own.")] = 256,
+    recall: Annotated[
+        list[int] | None,
+        typer.Option(metavar="TOKENS", min=256, help="Also ask for recall over a context this long. Repeatable."),
+    ] = None,
     threads: Annotated[int, typer.Option(min=1, help="Threads for an ONNX model.")] = 2,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the figures, and those of each block, as JSON.")
@@ -32,6 +40,9 @@ def evaluate(
     With --against it also tells how far the model is from the other one: KL divergence of their predictions, how often
     they agree on the next token, and the ratio of their perplexities, paired block by block.
 
+    --recall adds what short texts hide: MQAR (16 pairs of words, stated and asked for again), a needle (one fact in a
+    text, at three depths) and perplexity by position, over contexts of so many tokens.
+
         compress eval runs/quickstart/07-export-onnx-…  --text novel.txt --against models/smollm2
     """
     from compress.cli.screen import print_json, print_table, reporting
@@ -41,13 +52,15 @@ def evaluate(
         if not place.is_dir():
             raise InvalidInput(str(place), "is no directory", "name a folder with a model")
 
+    asked = _recall(tuple(recall), folder) if recall else None
+
     from compress.benchmarks.judging import judge
     from compress.benchmarks.text import OneText
 
     with reporting() as reporter:
         found = judge(
             folder, against, OneText(text),
-            sequence_length=sequence_length, max_tokens=tokens, threads=threads, reporter=reporter,
+            sequence_length=sequence_length, max_tokens=tokens, threads=threads, reporter=reporter, recall=asked,
         )  # fmt: skip
     figures = {str(folder): found.result()} | ({str(against): found.reference()} if against else {})
     if as_json:
@@ -59,5 +72,20 @@ def evaluate(
     print_table(Table(title, ("", *figures), tuple(rows)))
 
 
+def _recall(contexts: tuple[int, ...], folder: Path) -> Recall:
+    """The recall tasks over these contexts. Raises InvalidInput where the model in `folder` can't be asked."""
+    from compress.benchmarks.recall import Recall
+    from compress.models.anatomy import shape_of
+
+    asked, config = Recall.model_validate({"contexts": contexts}), folder / "config.json"
+    problems = asked.problems(shape_of(json.loads(config.read_text("utf-8")))) if config.is_file() else ()
+    if found := [Problem(f"--recall {folder}", problem.what, problem.fix) for problem in problems]:
+        raise InvalidInput.of(found)
+    return asked
+
+
 def _with_error(values: dict[str, float], name: str) -> str:
-    return f"{values[name]:.4g} ± {values[f'{name}_se']:.2g}" if name in values else ""
+    if name not in values:
+        return ""
+    error = f" ± {values[f'{name}_se']:.2g}" if f"{name}_se" in values else ""
+    return f"{values[name]:.4g}{error}"

@@ -6,11 +6,15 @@ paths of the `transformers` classes (5.x); those of a layer's parts are relative
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from compress.errors import InvalidInput
+from compress.mixers.spec import MixerSpec, read_specs
+
+HYBRID = "hybrid_"
+"""What the `model_type` of a converted model starts with; the rest is that of the model that was converted."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,7 @@ class Family:
 
     residual: `pre` x+attn(norm(x)) then x+mlp(norm(x)); `parallel` x+attn(norm1(x))+mlp(norm2(x));
     `post` norm(x+attn(x)) then norm(x+mlp(x)). In `post` the two norms are those after each block.
+    `hybrids`: the model types whose layers may have mixers in place of their attention.
     `conv1d`: the projections are `transformers.pytorch_utils.Conv1D`, whose weights are (in, out).
     `keys`: where `config.json` has another word for Hugging Face's common key.
     """
@@ -68,6 +73,7 @@ class Family:
     type_embedding: str = ""
     embedding_norm: str = ""
     lm_head: str = ""
+    hybrids: tuple[str, ...] = ()
     conv1d: bool = False
     keys: Mapping[str, str] = field(default_factory=dict)
 
@@ -94,6 +100,7 @@ LLAMA = Family(
     position="rotary",
     final_norm="norm",
     lm_head="lm_head",
+    hybrids=("hybrid_llama", "hybrid_mistral", "hybrid_qwen2", "hybrid_qwen3"),
     keys={"norm_eps": "rms_norm_eps"},
 )
 
@@ -162,6 +169,7 @@ BERT = Family(
     norm="layer",
     residual="post",
     position="learned",
+    hybrids=("hybrid_bert",),
     keys={"norm_eps": "layer_norm_eps"},
 )
 
@@ -170,7 +178,13 @@ FAMILIES = (LLAMA, GPT_NEOX, GPT2, BERT)
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What a `config.json` says of a model's size, in Hugging Face's words whatever its family."""
+    """What a `config.json` says of a model's size, in Hugging Face's words whatever its family.
+
+    mixers: one entry a layer, None where its attention is softmax; empty for a model that was never converted.
+    layer_types: `full_attention`, `sliding_attention` or `linear_attention` for each layer, where the file has it.
+    layers_guessed: of those two only the numbers are known yet, not which layers. attention_features: what the softmax
+    attention has that no mixer can carry over, in the words of `config.json`.
+    """
 
     family: Family
     model_type: str
@@ -184,10 +198,14 @@ class ModelShape:
     max_position_embeddings: int
     tie_word_embeddings: bool
     residual: Literal["pre", "parallel", "post"]
+    mixers: tuple[MixerSpec | None, ...] = ()
+    layer_types: tuple[str, ...] = ()
+    layers_guessed: bool = False
+    attention_features: tuple[str, ...] = ()
 
     @property
     def num_layer_parameters(self) -> int:
-        """Parameters of the matrices of one layer (norms and biases, under 1 %, left out)."""
+        """Parameters of the matrices of one layer (norms, biases and what a mixer adds, under 1 %, left out)."""
         q_out, kv_out = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
         attention = self.hidden_size * (2 * q_out + 2 * kv_out)
         return attention + (3 if self.family.mlp.gate else 2) * self.hidden_size * self.intermediate_size
@@ -200,15 +218,28 @@ class ModelShape:
         return (tables * self.vocab_size + positions) * self.hidden_size
 
     @property
+    def num_mixer_parameters(self) -> int:
+        """Parameters that the mixers of all layers have beyond the attention that they replace."""
+        sizes = self.hidden_size, self.num_attention_heads, self.num_key_value_heads, self.head_dim
+        return sum(spec.num_parameters(*sizes) for spec in self.mixers if spec is not None)
+
+    @property
     def num_parameters(self) -> int:
         """Estimated parameters of the whole model."""
-        return self.num_hidden_layers * self.num_layer_parameters + self.num_embedding_parameters
+        layers = self.num_hidden_layers * self.num_layer_parameters + self.num_mixer_parameters
+        return layers + self.num_embedding_parameters
+
+    def of_layers(self, kept: Sequence[int]) -> ModelShape:
+        """The same model with only the layers `kept`."""
+        mixers = tuple(self.mixers[index] for index in kept) if self.mixers else ()
+        layer_types = tuple(self.layer_types[index] for index in kept) if self.layer_types else ()
+        return replace(self, num_hidden_layers=len(kept), mixers=mixers, layer_types=layer_types)
 
 
 def family_of(model_type: str, where: str = "model") -> Family:
     """The family of a Hugging Face `model_type`. Raises InvalidInput, naming what is supported, for any other."""
     for family in FAMILIES:
-        if model_type in family.model_types:
+        if model_type in (*family.model_types, *family.hybrids):
             return family
     known = ", ".join(name for family in FAMILIES for name in family.model_types)
     raise InvalidInput(where, f"model_type {model_type!r} is not supported", f"supported: {known}")
@@ -242,4 +273,36 @@ def shape_of(config: Mapping[str, Any], where: str = "model") -> ModelShape:
         max_position_embeddings=number("max_position_embeddings", 2048),
         tie_word_embeddings=bool(config.get("tie_word_embeddings", family.name in ("gpt2", "bert"))),
         residual="pre" if config.get("use_parallel_residual") is False else family.residual,
+        mixers=_mixers(config, number("num_hidden_layers"), where),
+        layer_types=tuple(config.get("layer_types") or ()),
+        attention_features=tuple(_attention_features(config)),
     )
+
+
+def _mixers(config: Mapping[str, Any], num_layers: int, where: str) -> tuple[MixerSpec | None, ...]:
+    if not str(config["model_type"]).startswith(HYBRID):
+        return ()
+    try:
+        mixers = read_specs(config)
+    except TypeError as error:
+        what = f"config.json has a mixer that can't be read ({error})"
+        raise InvalidInput(where, what, "was it converted by another version?") from error
+    if len(mixers) != num_layers:
+        what = f"config.json has {len(mixers)} mixers for {num_layers} layers"
+        raise InvalidInput(where, what, "give one entry a layer, null for softmax")
+    return mixers
+
+
+def _attention_features(config: Mapping[str, Any]) -> Iterator[str]:
+    """What this attention does beside softmax over rotated (or plain) queries and keys of all tokens before."""
+    if config.get("alibi") or config.get("position_embedding_type") == "alibi":
+        yield "ALiBi"
+    for key in ("attn_logit_softcapping", "attention_logit_softcapping", "attention_sinks", "num_attention_sinks"):
+        if config.get(key):
+            yield f"{key} {config[key]}"
+    share = (config.get("rope_parameters") or config).get("partial_rotary_factor", 1.0)
+    if share != 1.0:
+        yield f"partial_rotary_factor {share}"
+    window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
+    if window and not config.get("layer_types"):
+        yield f"sliding_window {window} in every layer"

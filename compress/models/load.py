@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.errors import CompressError
+from compress.models.anatomy import HYBRID
+from compress.models.folder import config_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -26,8 +29,7 @@ def load_model(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedMo
     from safetensors import SafetensorError
 
     config = json.loads((folder / "config.json").read_text("utf-8"))
-    architecture = (config.get("architectures") or ["AutoModel"])[0]
-    auto: Any = auto_class(architecture)
+    auto = auto_class(config)
     try:
         model, report = auto.from_pretrained(
             folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True,
@@ -56,6 +58,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
     if not has_tokenizer(folder):
         raise CompressError(str(folder), "has no tokenizer", "add tokenizer.json and tokenizer_config.json")
+    know_classes(config_of(folder) or {})  # whose config.json AutoTokenizer reads too
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     return tokenizer
 
@@ -77,10 +80,12 @@ def carry(origin: Path, out: Path) -> None:
                 shutil.copyfile(file, destination)
 
 
-def auto_class(architecture: str) -> Any:
-    """The transformers auto class that builds `architecture`."""
+def auto_class(config: Mapping[str, Any]) -> Any:
+    """The transformers auto class that builds the architecture of a parsed `config.json`, hybrid ones included."""
     import transformers
 
+    know_classes(config)
+    architecture = (config.get("architectures") or ["AutoModel"])[0]
     for suffix, auto in (
         ("ForCausalLM", transformers.AutoModelForCausalLM),
         ("LMHeadModel", transformers.AutoModelForCausalLM),
@@ -91,6 +96,24 @@ def auto_class(architecture: str) -> Any:
         if architecture.endswith(suffix):
             return auto
     return transformers.AutoModel
+
+
+def know_classes(config: Mapping[str, Any]) -> None:
+    """Make transformers' auto classes know the hybrid models where a parsed `config.json` is of one.
+
+    A folder's own copy of their code is never run.
+    """
+    if not str(config.get("model_type")).startswith(HYBRID):
+        return
+    import transformers
+
+    from compress.mixers import hybrid, hybrid_bert
+
+    for module in (hybrid, hybrid_bert):
+        for model_class, auto in module.AUTO_CLASSES.items():
+            config_class: Any = model_class.config_class
+            transformers.AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+            getattr(transformers, auto).register(config_class, model_class, exist_ok=True)
 
 
 def keep_rope_theta(config_file: Path) -> None:

@@ -2,7 +2,8 @@
 
 `X.weight` becomes `X.weight.codes`, `X.weight.scales` and, where asymmetric, `X.weight.zero_points`, all as
 `QTensor.pack` lays them out and as (output, input) also where the model has it transposed (GPT-2). A head tied to a
-quantised embedding is not stored: the embedding's codes serve both. config.json keeps all that it had and gains
+quantised embedding is not stored: the embedding's codes serve both. config.json keeps all that it had, but for the
+`auto_map` of code that is not copied, and gains
 
     "quantization_config": {"quant_method": "compress", "scheme": NAME, "reduce_range": BOOL,
                             "tensors": {"X.weight": {"scheme": OTHER, "in_features": K}}}
@@ -55,6 +56,7 @@ def save_quantized(
             stored[name] = tensor.contiguous()
     save_file(stored, out / WEIGHTS, metadata={"format": "pt"})
     config = json.loads((origin / "config.json").read_text("utf-8"))
+    config.pop("auto_map", None)  # a hybrid model's own code, which only a plain folder carries
     config[KEY] = {
         "quant_method": METHOD, "scheme": scheme.name, "reduce_range": scheme.dynamic and scheme.bits < 8,
         "tensors": {name: own for name, tensor in tensors.items() if (own := _exceptions(tensor, scheme))},
@@ -115,8 +117,8 @@ def load_quantized_model(folder: Path, *, accuracy_level: int = 0) -> PreTrained
     plain = {key: value for key, value in config_dict.items() if key != KEY}
     family = family_of(plain["model_type"], str(folder))
     state = {name: _as_float(name, tensor, transposed=family.conv1d) for name, tensor in tensors.items()}
+    auto = auto_class(plain)
     config = transformers.AutoConfig.for_model(**plain)
-    auto: Any = auto_class((plain.get("architectures") or ["AutoModel"])[0])
     with torch.device("meta"):
         architecture: Any = type(auto.from_config(config))
     model, report = architecture.from_pretrained(None, config=config, state_dict=state, output_loading_info=True)

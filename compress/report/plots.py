@@ -1,4 +1,4 @@
-"""The two plots of a report: what each stage did to quality, and how time goes with the length of the prompt."""
+"""The plots of a report: what each stage did to quality and to recall, and how time goes with the prompt's length."""
 
 from __future__ import annotations
 
@@ -15,6 +15,10 @@ from compress.stage import SOURCE
 PANEL_INCHES = (4.6, 3.2)
 _QUALITY = (("perplexity", "perplexity"), ("kl", "KL to the source (nats per token)"))
 _SPEED = (("ttft_ms", "time to first token (ms)"), ("tpot_ms", "time per token (ms)"))
+_RECALL = (
+    ("mqar", "pairs recalled (MQAR)", "context (tokens)"), ("needle", "needle found", "context (tokens)"),
+    ("perplexity", "perplexity of the next token", "tokens read before it"),
+)  # fmt: skip
 
 
 def draw(record: RunRecord, folder: Path) -> list[Path]:
@@ -30,6 +34,12 @@ def draw(record: RunRecord, folder: Path) -> list[Path]:
         for panel, (name, words) in zip(panels, quality, strict=True):
             _draw_stages(panel, stages, name, words)
         drawn.append(_save(figure, folder / "quality.png"))
+    remembering = {id_: values for id_, values in stages.items() if _by_length(values, "mqar")}
+    if remembering:
+        figure, panels = _panels(len(_RECALL))
+        for panel, (name, words, over) in zip(panels, _RECALL, strict=True):
+            _draw_recall(panel, remembering, name, words, over)
+        drawn.append(_save(figure, folder / "recall.png"))
     if speed:
         figure, panels = _panels(len(speed))
         for panel, (name, words) in zip(panels, speed, strict=True):
@@ -56,13 +66,36 @@ def _draw_lengths(panel: Any, figures: Figures, record: RunRecord, name: str, wo
         if points:
             lengths, values = zip(*points, strict=True)
             panel.plot(lengths, values, marker="o", label=subject)
-            panel.set_xscale("log", base=2)
-            panel.set_xticks(lengths, [str(length) for length in lengths])
-    panel.minorticks_off()
+            _tick_lengths(panel, lengths)
     panel.set_xlabel("prompt (tokens)")
     panel.set_ylabel(words)
     panel.set_ylim(bottom=0)
     panel.legend(frameon=False)
+
+
+def _draw_recall(panel: Any, stages: Mapping[str, Mapping[str, float]], name: str, words: str, over: str) -> None:
+    """One line a stage, over the length of the context, with standard errors."""
+    for id_, values in stages.items():
+        lengths, heights = zip(*_by_length(values, name), strict=True)
+        errors = [values[f"{name}@{length}_se"] for length in lengths]
+        panel.errorbar(lengths, heights, yerr=errors, marker="o", capsize=3, label=id_)
+        _tick_lengths(panel, lengths)
+    panel.set_xlabel(over)
+    panel.set_ylabel(words)
+    if name == "perplexity":
+        panel.legend(frameon=False)
+    else:
+        panel.set_ylim(-0.05, 1.05)
+    if name == "mqar":
+        chance = values["mqar_chance"]
+        panel.axhline(chance, color="grey", linestyle=":")
+        panel.annotate("guessing a value", (lengths[0], chance), (0, 3), textcoords="offset points", color="grey")
+
+
+def _tick_lengths(panel: Any, lengths: Sequence[int]) -> None:
+    panel.set_xscale("log", base=2)
+    panel.set_xticks(lengths, [str(length) for length in lengths])
+    panel.minorticks_off()
 
 
 def _by_length(values: Mapping[str, float], name: str) -> list[tuple[int, float]]:

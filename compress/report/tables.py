@@ -17,8 +17,12 @@ _LABELS = {
     "perplexity": ("perplexity", ""),
     "kl": ("KL to the source", "nats"),
     "top1_agreement": ("top-1 agreement", ""),
+    "mqar": ("pairs recalled (MQAR) over", ""),
+    "needle": ("needle found in", ""),
     "ttft_ms": ("first token, prompt of", "ms"),
     "tpot_ms": ("each token, after", "ms"),
+    "state_mb": ("state of one sequence", "MB"),
+    "kv_cache_mb": ("KV cache of one sequence of", "MB"),
     "peak_rss_mb": ("peak memory", "MB"),
     "load_ms": ("load time", "ms"),
 }
@@ -28,7 +32,12 @@ _STAGE_LABELS = {
     "parameters": "params (M)", "size_mb": "MB", "perplexity": "perplexity", "kl": "KL", "top1_agreement": "top-1",
 }  # fmt: skip
 """The same for the table of stages, which is wide."""
-_NAME = re.compile(r"(?P<base>\w+?)(?:@(?P<tokens>\d+)(?P<rest>,[\w=,]+)?)?")
+_RECALL_LABELS = {
+    "mqar": "MQAR: next token right", "mqar_choice": "MQAR: right among the values", "mqar_logprob": "MQAR: log p",
+    "needle": "needle: all digits right", "needle_logprob": "needle: log p", "perplexity": "perplexity",
+}  # fmt: skip
+_RECALL_NAME = re.compile(rf"(?P<task>{'|'.join(_RECALL_LABELS)})@(?P<length>\d+)(?P<depth>,depth=[\d.e-]+)?")
+_NAME = re.compile(r"(?P<base>\w+?)(?:@(?P<tokens>\d+)(?P<rest>,batch=\d+)?)?")
 
 
 @dataclass(frozen=True)
@@ -66,6 +75,28 @@ def stages_table(record: RunRecord) -> Table:
     return Table(title, ("", *(_STAGE_LABELS[name] for name in names), "took"), rows)
 
 
+def recall_table(record: RunRecord) -> Table | None:
+    """What the original and the result remember, by the length of the context; None where it was not measured."""
+    figures = figures_of(record)
+    matches = [match for name in figures[RESULT] if (match := _RECALL_NAME.fullmatch(name))]
+    lengths = sorted({int(match["length"]) for match in matches if match["task"] == "mqar"})
+    if not lengths:
+        return None
+    columns = [(length, subject) for length in lengths for subject in (SOURCE, RESULT)]
+    tasks = {(match["task"], match["depth"] or "") for match in matches}
+    rows = []
+    for task, depth in sorted(tasks, key=lambda row: (list(_RECALL_LABELS).index(row[0]), row[1])):
+        cells = (_value(figures[subject], f"{task}@{length}{depth}") for length, subject in columns)
+        rows.append((_RECALL_LABELS[task] + depth.replace(",depth=", ", at depth "), *cells))
+    chance = figures[RESULT]["mqar_chance"]
+    note = (
+        f"± standard error over texts. MQAR: {1 / chance:.0f} pairs of words are stated, and all asked for at the end; "
+        f"guessing among the values is right {chance:.3g} of the time. Needle: depth 0 is the text's start, 1 its end. "
+        "Log p: natural logarithm, a token. Perplexity: of the tokens before that length, as plotted."
+    )
+    return Table("recall", ("", *(f"{subject} @ {length}" for length, subject in columns)), tuple(rows), note)
+
+
 def comparison_table(first: RunRecord, second: RunRecord) -> Table:
     """The results of two runs side by side, with their ratio."""
     results = {"A": figures_of(first)[RESULT], "B": figures_of(second)[RESULT]}
@@ -98,7 +129,7 @@ def _rows(figures: Figures, subjects: Sequence[str]) -> Iterable[tuple[str, tupl
 
 def _order(name: str) -> tuple[int, int, str] | None:
     match = _NAME.fullmatch(name)
-    if match is None or match["base"] not in _LABELS:
+    if match is None or match["base"] not in _LABELS or name.startswith("perplexity@"):  # that is for the plot
         return None
     return list(_LABELS).index(match["base"]), int(match["tokens"] or 0), match["rest"] or ""
 

@@ -7,7 +7,7 @@ import os
 from html import escape
 from pathlib import Path
 
-from compress.report.tables import Table, as_markdown, result_table, stages_table
+from compress.report.tables import Table, as_markdown, recall_table, result_table, stages_table
 from compress.runner.record import RunRecord, State
 
 MARKDOWN, HTML, PLOTS = "report.md", "report.html", "plots"
@@ -40,6 +40,8 @@ def has_report(run_dir: Path) -> bool:
 def _markdown(run_dir: Path, record: RunRecord, plots: list[Path]) -> str:
     parts = [f"# {record.name}", _summary(record), as_markdown(result_table(record))]
     parts += ["## After each stage", as_markdown(stages_table(record))]
+    if (recall := recall_table(record)) is not None:
+        parts += ["## Recall", as_markdown(recall)]
     if record.verdicts:
         parts += ["## Requirements", "\n".join(f"- {verdict.sentence}" for verdict in record.verdicts)]
     if plots:
@@ -52,6 +54,8 @@ def _markdown(run_dir: Path, record: RunRecord, plots: list[Path]) -> str:
 def _html(run_dir: Path, record: RunRecord, plots: list[Path]) -> str:
     parts = [f"<h1>{escape(record.name)}</h1>", f"<p>{escape(_summary(record))}</p>", _table(result_table(record))]
     parts += ["<h2>After each stage</h2>", _table(stages_table(record))]
+    if (recall := recall_table(record)) is not None:
+        parts += ["<h2>Recall</h2>", _table(recall)]
     if record.verdicts:
         items = "".join(
             f'<li class="{"met" if verdict.met else "missed"}">{escape(verdict.sentence)}</li>'

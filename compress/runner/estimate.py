@@ -77,7 +77,8 @@ def todo_estimates(estimates: Mapping[str, Estimate], steps: tuple[Step, ...]) -
 def cost(node: GraphNode, shape: ModelShape, weight_bytes: float) -> Estimate:
     """The estimate of a node that works on a model of that shape and writes so many bytes of weights."""
     options = node.stage.model_dump()
-    trains, fits = "learning_rate" in options, node.stage.returns == "quantized"
+    trains = any("learning_rate" in each for each in (options, *options.values()) if isinstance(each, dict))
+    fits = node.stage.returns == "quantized"
     parameters, num_models = shape.num_parameters, len(set(node.inputs.values()))
     per_parameter, checkpoints = float(FP32_BYTES * num_models), 0.0
     if trains:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.errors import CompressError, InvalidInput
-from compress.models.anatomy import shape_of
+from compress.models.anatomy import ModelShape, shape_of
 from compress.models.sources import source_artifact
 from compress.pipeline.graph import Graph
 from compress.runner.execute import Setting, execute
@@ -25,6 +25,8 @@ from compress.stage import Reporter
 NUM_LAYERS = 4
 """Of the twin: enough that pruning has something to leave out twice."""
 HEAD_DIM = 32
+WINDOW = 8
+"""Of the twin's sliding attention: shorter than the texts that its stages read."""
 WIDTH_STEP = 32
 """Of the twin's widths: the block of the quantised formats, so that whole blocks stay whole."""
 
@@ -65,15 +67,16 @@ def write_twin(origin: Path, out: Path) -> Path:
     import torch
     import transformers
 
-    from compress.models.load import save_model
+    from compress.models.load import auto_class, save_model
 
     out.mkdir()
-    (out / "config.json").write_text(json.dumps(twin_config(json.loads((origin / "config.json").read_text("utf-8")))))
+    config_dict = twin_config(json.loads((origin / "config.json").read_text("utf-8")))
+    (out / "config.json").write_text(json.dumps(config_dict))
+    auto = auto_class(config_dict)
     config = transformers.AutoConfig.from_pretrained(out, local_files_only=True)
-    model_class: Any = getattr(transformers, (config.architectures or ["AutoModel"])[0])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = model_class(config)
+        model = auto.from_config(config, dtype=torch.float32)
     save_model(model, origin, out)
     return out
 
@@ -81,13 +84,20 @@ def write_twin(origin: Path, out: Path) -> Path:
 def twin_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """`config` with its layers, and every list that has one entry a layer, cut down to NUM_LAYERS, and narrower.
 
-    Heads keep their number and shrink to HEAD_DIM; the other widths shrink alike, to multiples of WIDTH_STEP.
+    Heads keep their number and shrink to HEAD_DIM; the other widths shrink alike, to multiples of WIDTH_STEP. Of layers
+    of several kinds, some of each stay.
     """
     shape = shape_of(config)
     key, deep = shape.family.key, shape.num_hidden_layers
-    num_layers = min(deep, NUM_LAYERS)
-    cut = {name: value[:num_layers] for name, value in config.items() if isinstance(value, list) and len(value) == deep}
-    twin = {**config, **cut, key("num_hidden_layers"): num_layers}
+    kept = _some_layers(shape)
+    cut = {
+        name: [value[index] for index in kept]
+        for name, value in config.items()
+        if isinstance(value, list) and len(value) == deep
+    }
+    twin = {**config, **cut, key("num_hidden_layers"): len(kept)}
+    if config.get("sliding_window"):
+        twin["sliding_window"] = min(config["sliding_window"], WINDOW)
     if shape.head_dim > HEAD_DIM:
         for name in ("hidden_size", "intermediate_size"):
             width = getattr(shape, name) * HEAD_DIM / shape.head_dim
@@ -97,3 +107,11 @@ def twin_config(config: Mapping[str, Any]) -> dict[str, Any]:
         if "head_dim" in config:
             twin["head_dim"] = HEAD_DIM
     return twin
+
+
+def _some_layers(shape: ModelShape) -> list[int]:
+    """NUM_LAYERS layers, or more where there are more kinds of them: the first of each kind, and the next ones."""
+    layers = range(shape.num_hidden_layers)
+    kinds = {(*shape.mixers[index : index + 1], *shape.layer_types[index : index + 1]): index for index in layers[::-1]}
+    order = dict.fromkeys([*kinds.values(), *layers])
+    return sorted(list(order)[: max(NUM_LAYERS, len(kinds))])

@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,9 @@ SHARED_CACHE = "compress.past_present_share_buffer"
 """Key of the ONNX model's metadata that says that past and present may be one buffer."""
 LOGITS_TO_KEEP = "logits_to_keep"
 """Optional input of our fused decoders: the logits of how many last tokens to compute; 0 is all, left out is 1."""
-_PAST = re.compile(r"^past.*\.(\d+)\.(key|value)$")
+TAKES_PADDING = "compress.right_padded_rows"
+"""Key of the ONNX model's metadata that says, where it is 0, that every row must be as long as the others."""
+_PAST = re.compile(r"^past.*\.(\d+)\.(key|value|(?:recurrent|conv)(?:_state)?)$")
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.floating[Any]]
@@ -31,17 +33,27 @@ Floats = NDArray[np.floating[Any]]
 
 @dataclass(frozen=True)
 class CacheSlot:
-    """One layer's cached keys or values, `(B, H, P, D)`."""
+    """One cached tensor of one layer: keys or values `(B, H, P, D)`, or a linear layer's state, of one size always.
+
+    sizes: those after the batch's; None where they are the number of tokens.
+    """
 
     past: str
     present: str
-    num_heads: int
-    head_dim: int
+    sizes: tuple[int | None, ...]
     dtype: np.dtype[Any]
 
     def empty(self, batch_size: int, length: int = 0) -> Floats:
-        """Room for `length` tokens, zeros."""
-        return np.zeros((batch_size, self.num_heads, length, self.head_dim), self.dtype)
+        """Zeros for `length` tokens."""
+        return np.zeros((batch_size, *(length if size is None else size for size in self.sizes)), self.dtype)
+
+
+class Past(list[Floats]):
+    """A cache that is handed on, slot by slot, and how many tokens it has read."""
+
+    def __init__(self, values: Iterable[Floats], length: int) -> None:
+        super().__init__(values)
+        self.length = length
 
 
 class OnnxModel:
@@ -62,12 +74,14 @@ class OnnxModel:
         self.outputs: tuple[str, ...] = tuple(node.name for node in self.session.get_outputs())
         self.keeps_last = LOGITS_TO_KEEP in {node.name for node in self.session.get_overridable_initializers()}
         self.cache: tuple[CacheSlot, ...] = _cache_slots(self.inputs, self.outputs, decoder)
-        stated = self.session.get_modelmeta().custom_metadata_map.get(SHARED_CACHE) == "1"
-        self.shares_cache: bool = stated or bool(genai.get("search", {}).get("past_present_share_buffer"))
+        stated = self.session.get_modelmeta().custom_metadata_map
+        shares = bool(genai.get("search", {}).get("past_present_share_buffer"))
+        self.shares_cache: bool = shares or stated.get(SHARED_CACHE) == "1"
+        self.takes_padding: bool = stated.get(TAKES_PADDING) != "0"
 
     @property
     def is_decoder(self) -> bool:
-        """Whether it keeps a cache of keys and values."""
+        """Whether it keeps a cache: keys and values, or states."""
         return bool(self.cache)
 
     def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
@@ -78,22 +92,27 @@ class OnnxModel:
             raise CompressError(str(self.folder), f"ONNX Runtime stopped: {first_line(error)}") from error
 
     def forward(
-        self, input_ids: Ints, attention_mask: Ints | None = None, past: Sequence[Floats] | None = None
-    ) -> tuple[Floats, list[Floats]]:
+        self, input_ids: Ints, attention_mask: Ints | None = None, past: Past | None = None,
+        num_logits: int = 0,
+    ) -> tuple[Floats, Past]:  # fmt: skip
         """A decoder's logits `(B, T, V)` and its cache after `input_ids` `(B, T)`.
 
-        attention_mask: `(B, P + T)`, ones where left out. past: what the call before returned.
+        attention_mask: `(B, P + T)`, ones where left out. past: what the call before returned. num_logits: of so many
+        last tokens, where the graph can compute them alone; 0 is all.
         """
         batch_size, num_new = input_ids.shape
-        past = past if past is not None else [slot.empty(batch_size) for slot in self.cache]
+        past = past if past is not None else Past((slot.empty(batch_size) for slot in self.cache), 0)
         if attention_mask is None:
-            attention_mask = np.ones((batch_size, past[0].shape[2] + num_new), np.int64)
+            attention_mask = np.ones((batch_size, past.length + num_new), np.int64)
+        elif not self.takes_padding and not attention_mask.all():
+            what = "can't take rows of different lengths: a convolution's state would be of the padding"
+            raise CompressError(str(self.folder), what, "run the rows one by one, or export it with fused: false")
         feeds = self.token_feeds(input_ids, attention_mask)
         feeds.update({slot.past: value for slot, value in zip(self.cache, past, strict=True)})
         if self.keeps_last:
-            feeds[LOGITS_TO_KEEP] = np.array(0, np.int64)
+            feeds[LOGITS_TO_KEEP] = np.array(num_logits, np.int64)
         outputs = self.run(feeds)
-        return outputs["logits"], [outputs[slot.present] for slot in self.cache]
+        return outputs["logits"], Past((outputs[slot.present] for slot in self.cache), past.length + num_new)
 
     def encode(
         self, input_ids: Ints, attention_mask: Ints | None = None, token_type_ids: Ints | None = None
@@ -122,13 +141,13 @@ class OnnxModel:
 class Decoder:
     """Token by token generation with bound inputs and outputs; every row is as long as the others.
 
-    Where the graph can write the new keys into the buffer that it reads the old ones from, one buffer for
-    `max_length` tokens serves the whole generation; elsewhere each step's cache is handed on without a copy.
+    Where the graph can write what it caches into the buffer that it reads from, one buffer, of keys and values for
+    `max_length` tokens, serves the whole generation; elsewhere each step's cache is handed on without a copy.
     """
 
     def __init__(self, model: OnnxModel, max_length: int, batch_size: int = 1) -> None:
         if not model.is_decoder:
-            raise CompressError(str(model.folder), "has no key/value cache, so it can't generate", "is it a decoder?")
+            raise CompressError(str(model.folder), "has no cache, so it can't generate", "is it a decoder?")
         self.model, self.max_length, self.batch_size = model, max_length, batch_size
         self.length = 0
         self._buffers = [slot.empty(batch_size, max_length) for slot in model.cache] if model.shares_cache else []
@@ -205,11 +224,11 @@ def _cache_slots(inputs: Mapping[str, Any], outputs: Sequence[str], genai: Mappi
         if match := _PAST.match(name):
             present = next(out for out in outputs if re.fullmatch(rf"present.*\.{match[1]}\.{match[2]}", out))
             dtype = np.dtype(np.float16 if node.type == "tensor(float16)" else np.float32)
-            heads, head_dim = (
-                size if isinstance(size, int) else int(genai[key])
-                for size, key in ((node.shape[1], "num_key_value_heads"), (node.shape[3], "head_size"))
-            )
-            slots.append(CacheSlot(name, present, heads, head_dim, dtype))
+            sizes: tuple[int | None, ...] = tuple(node.shape[1:])
+            if match[2] in ("key", "value"):
+                heads, _, head_dim = (size if isinstance(size, int) else None for size in sizes)
+                sizes = heads or int(genai["num_key_value_heads"]), None, head_dim or int(genai["head_size"])
+            slots.append(CacheSlot(name, present, sizes, dtype))
     return tuple(slots)
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from compress.errors import Problem
 from compress.models.anatomy import ModelShape
+
+Precision = Literal["auto", "fp32", "bf16"]
 
 
 class LossWeights(BaseModel):
@@ -27,27 +29,64 @@ class LossWeights(BaseModel):
         return self.kl > 0 or self.hidden > 0 or self.skew_kl > 0
 
 
-class TrainingOptions(BaseModel):
-    """Keys of the recovery engine, in the words of `transformers.TrainingArguments` where it has one."""
+class StepOptions(BaseModel):
+    """How many steps a training takes, and how: in the words of `transformers.TrainingArguments` where it has one."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    loss: LossWeights = Field(
-        LossWeights.model_validate({}), description="weights of the losses; left out: kl 1, or hidden 1 without a head"
-    )
-    temperature: float = Field(1.0, gt=0, le=100, description="softens both distributions in `kl`")
-    hidden_distance: Literal["cosine", "mse"] = Field("cosine", description="1 − cosine, or ‖s−t‖²/‖t‖² per token")
     tokens: int = Field(100_000, ge=1, description="budget: at most so many tokens are trained on (at least one step)")
     sequence_length: int = Field(256, ge=2, description="tokens of one training sequence")
     batch_size: int = Field(4, ge=1, description="sequences of one optimiser step, over all processes")
-    gradient_accumulation_steps: int = Field(1, ge=1, description="parts that a step is split into, to save memory")
     learning_rate: float = Field(1e-4, gt=0, le=1, description="peak learning rate")
     warmup_ratio: float = Field(0.1, ge=0, lt=1, description="share of the steps with a rising learning rate")
     lr_scheduler_type: Literal["cosine", "linear", "constant_with_warmup"] = Field("cosine", description="after it")
     weight_decay: float = Field(0.0, ge=0, le=1, description="of AdamW, on matrices")
     max_grad_norm: float = Field(1.0, gt=0, description="the gradient is clipped to this norm")
     optim: Literal["adamw", "adamw_8bit"] = Field("adamw", description="AdamW of torch, or of bitsandbytes in 8 bits")
-    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 where an accelerator has it")
+    precision: Precision = Field("auto", description="auto: bf16 where the GPU or CPU multiplies in it")
+
+    @property
+    def num_steps(self) -> int:
+        """Optimiser steps that the budget allows, at least one."""
+        return max(1, self.tokens // (self.batch_size * self.sequence_length))
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all steps together."""
+        return self.num_steps * self.batch_size * self.sequence_length
+
+    def problems(self, model: ModelShape) -> Iterator[Problem]:
+        """What does not fit `model`; `where` is the option's name."""
+        if self.sequence_length > model.max_position_embeddings:
+            what = f"{self.sequence_length} is more than the model's {model.max_position_embeddings} positions"
+            yield Problem("sequence_length", what)
+
+
+class AlignOptions(StepOptions):
+    """How mixers are taught, each alone, to say what the attention says that they replace."""
+
+    tokens: int = Field(50_000, ge=1, description="budget: at most so many tokens are aligned on (at least one step)")
+    batch_size: int = Field(2, ge=1, description="sequences of one optimiser step, over all processes")
+    learning_rate: float = Field(
+        3e-3, gt=0, le=1, description="peak learning rate of what is new; the copied projections have a tenth of it"
+    )
+    max_grad_norm: float = Field(1.0, gt=0, description="each layer's gradient is clipped to this norm")
+
+    def twin(self) -> Self:
+        """The same, two steps long."""
+        length = min(self.sequence_length, 16)
+        return self.model_copy(update={"sequence_length": length, "batch_size": 1, "tokens": 2 * length})
+
+
+class TrainingOptions(StepOptions):
+    """Keys of the recovery engine."""
+
+    loss: LossWeights = Field(
+        LossWeights.model_validate({}), description="weights of the losses; left out: kl 1, or hidden 1 without a head"
+    )
+    temperature: float = Field(1.0, gt=0, le=100, description="softens both distributions in `kl`")
+    hidden_distance: Literal["cosine", "mse"] = Field("cosine", description="1 − cosine, or ‖s−t‖²/‖t‖² per token")
+    gradient_accumulation_steps: int = Field(1, ge=1, description="parts that a step is split into, to save memory")
     gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, a third slower")
     eval_tokens: int = Field(
         2048, ge=2,
@@ -61,11 +100,6 @@ class TrainingOptions(BaseModel):
         None, ge=1, description="stop after so many evaluations without a better one"
     )
 
-    @property
-    def num_steps(self) -> int:
-        """Optimiser steps that the budget allows, at least one."""
-        return max(1, self.tokens // (self.batch_size * self.sequence_length))
-
     def problems(self, model: ModelShape) -> Iterator[Problem]:
         """What does not fit together, or does not fit `model`; `where` is the option's name."""
         if not any(self.loss.model_dump().values()):
@@ -73,9 +107,7 @@ class TrainingOptions(BaseModel):
         if self.loss.ce and model.family.kind == "encoder":
             what = f"{model.model_type} is an encoder, which predicts no next token"
             yield Problem("loss.ce", what, "use kl or hidden")
-        if self.sequence_length > model.max_position_embeddings:
-            what = f"{self.sequence_length} is more than the model's {model.max_position_embeddings} positions"
-            yield Problem("sequence_length", what)
+        yield from super().problems(model)
         if self.batch_size % self.gradient_accumulation_steps:
             yield Problem(
                 "gradient_accumulation_steps",

@@ -5,30 +5,33 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from compress.errors import StageFailed
+from compress.train.options import LossWeights, TrainingOptions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Options = TypeVar("Options", bound=TrainingOptions)
 
 
 def load_teacher(folder: Path, bits: int | None = None) -> PreTrainedModel:
     """The model in `folder`: in float32, or its matrices in 4 (NF4) or 8 bits through bitsandbytes."""
     import torch
 
-    from compress.models.load import load_model
+    from compress.models.load import auto_class, load_model
 
     if bits is None:
         return load_model(folder)
     import transformers
 
     library: Any = transformers
-    architecture = json.loads((folder / "config.json").read_text("utf-8"))["architectures"][0]
+    auto = auto_class(json.loads((folder / "config.json").read_text("utf-8")))
     quantization = library.BitsAndBytesConfig(
         load_in_4bit=bits == 4, load_in_8bit=bits == 8, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
     )
-    model: PreTrainedModel = getattr(library, architecture).from_pretrained(
+    model: PreTrainedModel = auto.from_pretrained(
         folder, dtype=torch.float32, quantization_config=quantization, local_files_only=True,
         device_map={"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"},
     )  # fmt: skip
@@ -43,6 +46,15 @@ def check_same_vocabulary(student: PreTrainedTokenizerBase, teacher: PreTrainedT
         token = min(dict(ours.items() ^ theirs.items()), key=lambda token: (len(token), token))
         what = f"its tokenizer is not the student's: {token!r} is {theirs.get(token)} there and {ours.get(token)} here"
         raise StageFailed("teacher", what, "choose a teacher with the same tokenizer")
+
+
+def fitting_loss(options: Options, *, has_logits: bool) -> Options:
+    """A backbone without a head has no logits to compare: where no loss was asked for, its layers are."""
+    if has_logits or not (options.loss.kl or options.loss.skew_kl or options.loss.ce):
+        return options
+    if "loss" in options.model_fields_set:
+        raise StageFailed("loss", "the model is a backbone without logits", "use loss: {kl: 0, hidden: 1}")
+    return options.model_copy(update={"loss": LossWeights(kl=0, ce=0, hidden=1, skew_kl=0)})
 
 
 def layer_map(num_student: int, num_teacher: int, dropped: Collection[int] = ()) -> Sequence[tuple[int, int]]:

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_model as save_weights
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import EvalPrediction, PreTrainedModel, Trainer, TrainingArguments
+from transformers import EvalPrediction, PreTrainedModel, TrainingArguments
 
 from compress.errors import StageFailed
-from compress.train.checkpoints import WEIGHTS
 from compress.train.losses import (
     IGNORED,
     HiddenDistance,
@@ -26,6 +23,7 @@ from compress.train.losses import (
     skew_kl,
 )
 from compress.train.options import LossWeights
+from compress.train.resumable import ResumableTrainer, optimizer_with_rates
 
 FIGURES = ("loss", "kl", "ce", "top1_agreement")
 """What is evaluated of every sequence, each a mean over its tokens; `nan` for those a model without logits lacks."""
@@ -85,32 +83,28 @@ class Objective:
         return total
 
 
-class RecoveryTrainer(Trainer):
+class RecoveryTrainer(ResumableTrainer):
     """Trains a student towards a teacher. The loss is the mean per token of a step, whatever the step is split into."""
 
     loss_is_scaled_for_ga = True
 
     def __init__(
         self, student: PreTrainedModel, teacher: PreTrainedModel | None, objective: Objective,
-        args: TrainingArguments, train: Blocks, evaluation: Blocks,
+        args: TrainingArguments, train: Blocks, evaluation: Blocks, rates: Mapping[str, float],
     ) -> None:  # fmt: skip
+        optimizer = None
+        if rates:
+            rated = ((each, rates.get(name, args.learning_rate)) for name, each in student.named_parameters())
+            optimizer = optimizer_with_rates(args, rated)
         super().__init__(
-            model=student, args=args, train_dataset=train, eval_dataset=evaluation, compute_metrics=_summary
-        )
+            model=student, args=args, train_dataset=train, eval_dataset=evaluation, compute_metrics=_summary,
+            optimizer_cls_and_kwargs=optimizer,
+        )  # fmt: skip
         self._teacher = teacher
         self._objective = objective
         self._options: dict[str, bool] = {"output_hidden_states": objective.weights.hidden > 0}
         if not student.config.is_encoder_decoder and hasattr(student, "generate"):
             self._options["use_cache"] = False
-
-    def create_scheduler(
-        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
-    ) -> torch.optim.lr_scheduler.LRScheduler:
-        """Trainer's schedule one step on: its own first step has the learning rate 0, which a short training feels."""
-        schedule: Any = super().create_scheduler(num_training_steps + 1, optimizer)
-        factor = schedule.lr_lambdas[0]
-        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(schedule.optimizer, lambda step: factor(step + 1))
-        return self.lr_scheduler
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -145,21 +139,11 @@ class RecoveryTrainer(Trainer):
             ])  # fmt: skip
         return None, figures_BF, figures_BF
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        """A checkpoint's weights under the names that they have in memory.
-
-        `save_pretrained` gives some of them their old names (GPT-NeoX's head), which Trainer, when it resumes, takes
-        for missing and silently leaves as they were.
-        """
-        folder = Path(output_dir or self.args.output_dir or ".")
-        folder.mkdir(parents=True, exist_ok=True)
-        save_weights(self.accelerator.unwrap_model(self.model), str(folder / WEIGHTS))
-
     def _outputs(self, model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Any, Any]:
         student = model(input_ids=inputs["input_ids"], **self._options)
         if self._teacher is None:
             return student, None
-        with torch.no_grad():
+        with torch.no_grad(), self.accelerator.autocast():
             return student, self._teacher(input_ids=inputs["input_ids"], **self._options)
 
     def _figures(self, student: Any, teacher: Any, labels_1T: Tensor) -> Tensor:

@@ -109,7 +109,7 @@ def plain_attention(blocks: Blocks, x: str, layer: int, inputs: PlainInputs) -> 
     q, k, v = project(blocks, x, layer, packed=False)
     q, k, v = (split_heads(blocks, value, n) for value, n in ((q, num_heads), (k, num_kv), (v, num_kv)))
     if inputs.cos:
-        q, k = (_rotate(blocks, value, inputs) for value in (q, k))
+        q, k = (rotate(blocks, value, inputs) for value in (q, k))
     keys = graph.op("Concat", f"past_key_values.{layer}.key", k, axis=2)
     values = graph.op("Concat", f"past_key_values.{layer}.value", v, axis=2)
     wide_keys, wide_values = (_repeat_heads(blocks, value) for value in (keys, values))
@@ -154,7 +154,7 @@ def _norm_heads(blocks: Blocks, x: str, path: str) -> str:
     return graph.op("Reshape", blocks.norm(shaped, path), graph.ints(0, 0, -1))
 
 
-def _rotate(blocks: Blocks, x: str, inputs: PlainInputs) -> str:
+def rotate(blocks: Blocks, x: str, inputs: PlainInputs) -> str:
     """Rotate the first `rotary_dim` of D by halves; the rest passes."""
     assert blocks.model.rotary is not None
     graph, head_dim = blocks.graph, blocks.model.shape.head_dim

@@ -41,14 +41,16 @@ class Blocks:
     model: Model
     fused: bool
 
-    def linear(self, x: str, *paths: str, name: str = "", rows: NDArray[np.int64] | None = None) -> str:
+    def linear(
+        self, x: str, *paths: str, name: str = "", rows: NDArray[np.int64] | None = None, constant: float = 0.0
+    ) -> str:
         """`x Wᵀ + b` of the module at each path, side by side along the last axis, its channels reordered by `rows`.
 
-        name: what the stacked weight is called.
+        name: what the stacked weight is called. constant: what a channel −1 of `rows` is, whatever x.
         """
         name = name or paths[0]
         weight = stack_rows([self.model.matrix(path) for path in paths], rows)
-        bias = self._bias(name, paths, rows)
+        bias = self._bias(name, paths, rows, constant)
         if not isinstance(weight, QTensor):
             return self._float(x, name, weight, bias)
         self._store(name, weight)
@@ -86,12 +88,16 @@ class Blocks:
         weight, bias = self._norm_weights(path)
         if self.model.shape.family.norm == "layer":
             return self.graph.op("LayerNormalization", x, weight, bias, axis=-1, epsilon=self.epsilon)
+        return self.rms_norm(x, weight)
+
+    def rms_norm(self, x: str, weight: str, epsilon: float | None = None) -> str:
+        """`x·weight` over the root mean square of x along its last axis."""
+        epsilon, graph = self.epsilon if epsilon is None else epsilon, self.graph
         if self.fused:
-            return self.graph.op("SimplifiedLayerNormalization", x, weight, axis=-1, epsilon=self.epsilon, stash_type=1)
-        graph = self.graph
+            return graph.op("SimplifiedLayerNormalization", x, weight, axis=-1, epsilon=epsilon, stash_type=1)
         square = graph.op("Mul", x, x)
         mean = graph.op("ReduceMean", square, graph.ints(-1), keepdims=1)
-        root = graph.op("Sqrt", graph.op("Add", mean, graph.scalar(self.epsilon)))
+        root = graph.op("Sqrt", graph.op("Add", mean, graph.scalar(epsilon)))
         return graph.op("Mul", graph.op("Div", x, root), weight)
 
     def skip_norm(self, stream: Stream, path: str) -> tuple[str, Stream]:
@@ -125,14 +131,14 @@ class Blocks:
             return graph.op("Gelu", x, approximate="tanh")
         return graph.op({"relu": "Relu", "tanh": "Tanh"}[kind], x)
 
-    def _bias(self, name: str, paths: Sequence[str], rows: NDArray[np.int64] | None) -> str:
-        """The stacked biases, zeros where a module has none; `""` where none has."""
+    def _bias(self, name: str, paths: Sequence[str], rows: NDArray[np.int64] | None, constant: float) -> str:
+        """The stacked biases and `constant`, zeros where a module has none; `""` where none has."""
         biases = [self.model.bias(path) for path in paths]
-        if all(bias is None for bias in biases):
+        if not constant and all(bias is None for bias in biases):
             return ""
         widths = [self.model.matrix(path).shape[0] for path in paths]
         filled = [np.zeros(n, np.float32) if b is None else b for b, n in zip(biases, widths, strict=True)]
-        stacked = np.concatenate(filled)
+        stacked = np.append(np.concatenate(filled), np.float32(constant)) if constant else np.concatenate(filled)
         return self.graph.weight(f"{name}.bias", stacked if rows is None else stacked[rows])
 
     def _store(self, name: str, tensor: QTensor) -> None:

@@ -46,7 +46,7 @@ def _dequantised(config: Mapping[str, Any], tensors: Mapping[str, QTensor | Tens
     import transformers
 
     plain = {key: value for key, value in config.items() if key != KEY}
-    auto: Any = auto_class((plain.get("architectures") or ["AutoModel"])[0])
+    auto = auto_class(plain)
     model = cast("PreTrainedModel", auto.from_config(transformers.AutoConfig.for_model(**plain), dtype=torch.float32))
     own = dict(model.state_dict(keep_vars=True))
     found = [own[name] for name in tensors if name in own]

@@ -8,7 +8,7 @@ be padded on either side, as `attention_mask` says; positions count from the row
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +18,7 @@ from compress.exports.onnx.attention import attend, project, scale, split_heads
 from compress.exports.onnx.blocks import Blocks, Stream
 from compress.exports.onnx.decoder import mlp
 from compress.exports.onnx.graph import Graph
+from compress.exports.onnx.noncausal import fold_feature_maps, noncausal_attention
 
 BATCH, LENGTH = "batch_size", "sequence_length"
 _POOLER, _CLASSIFIER, _MASKED_LM = "pooler.dense", "classifier", "cls.predictions"
@@ -48,6 +49,7 @@ def read_pooling(folder: Path) -> Pooling | None:
 
 def build_encoder(blocks: Blocks, pooling: Pooling | None) -> None:
     """Emit the whole encoder and its head."""
+    blocks = replace(blocks, model=fold_feature_maps(blocks.model))
     graph, model, family = blocks.graph, blocks.model, blocks.model.shape.family
     for name in ("input_ids", "attention_mask", "token_type_ids"):
         graph.input(name, np.int64, [BATCH, LENGTH])
@@ -59,36 +61,59 @@ def build_encoder(blocks: Blocks, pooling: Pooling | None) -> None:
     hidden = blocks.norm(
         graph.op("Add", graph.op("Add", words, types), places), model.prefix + family.embedding_norm
     )
-    mask = _mask(blocks)
+    masks = _masks(blocks)
     for layer in range(model.shape.num_hidden_layers):
         with graph.scope(f"layers.{layer}"):
-            attended = _attention(blocks, hidden, layer, mask)
+            attended = _attention(blocks, hidden, layer, masks)
             hidden = blocks.last_norm(Stream(hidden, attended), model.layer(layer, family.attention_norm))
             hidden = blocks.last_norm(Stream(hidden, mlp(blocks, hidden, layer)), model.layer(layer, family.mlp_norm))
     _outputs(blocks, hidden, pooling)
 
 
-def _attention(blocks: Blocks, x: str, layer: int, mask: str) -> str:
-    graph, model, anatomy = blocks.graph, blocks.model, blocks.model.shape.family.attention
-    num_heads = model.shape.num_attention_heads
-    with graph.scope("attention"):
-        q, k, v = project(blocks, x, layer, packed=False)
-        if blocks.fused:
-            options = {"num_heads": num_heads, "scale": scale(model, layer), "mask_filter_value": -1e9}
-            mixed = graph.fused("MultiHeadAttention", q, k, v, "", mask, **options)
+@dataclass(frozen=True)
+class _Masks:
+    """The mask as softmax attention takes it and as linear attention does; `""` where no layer is of that kind."""
+
+    softmax: str
+    linear: str
+
+
+def _masks(blocks: Blocks) -> _Masks:
+    """softmax: `MultiHeadAttention`'s int32 `(B, T)`, or `(B, 1, 1, T)` to add: 0 for a token, −1e9 for padding.
+
+    linear: float `(B, T, 1)`, 1 for a token.
+    """
+    graph, softmax, linear = blocks.graph, "", ""
+    if None in blocks.model.mixers:
+        softmax = graph.op("Cast", "attention_mask", to=6) if blocks.fused else _bias(graph)
+    if any(blocks.model.mixers):
+        linear = graph.op("Unsqueeze", graph.op("Cast", "attention_mask", to=1), graph.ints(2))
+    return _Masks(softmax, linear)
+
+
+def _bias(graph: Graph) -> str:
+    seen = graph.op("Unsqueeze", graph.op("Cast", "attention_mask", to=9), graph.ints(1, 2))
+    return graph.op("Where", seen, graph.scalar(0.0), graph.scalar(-1e9))
+
+
+def _attention(blocks: Blocks, x: str, layer: int, masks: _Masks) -> str:
+    model, anatomy = blocks.model, blocks.model.shape.family.attention
+    with blocks.graph.scope("attention"):
+        if model.mixers[layer] is None:
+            mixed = _softmax_attention(blocks, x, layer, masks.softmax)
         else:
-            q, k, v = (split_heads(blocks, value, num_heads) for value in (q, k, v))
-            mixed = attend(blocks, q, k, v, mask, scale(model, layer))
+            mixed = noncausal_attention(blocks, x, layer, masks.linear)
         return blocks.linear(mixed, model.layer(layer, f"{anatomy.path}.{anatomy.out}"))
 
 
-def _mask(blocks: Blocks) -> str:
-    """`MultiHeadAttention`'s int32 `(B, T)`; or `(B, 1, 1, T)` to add: 0 for a token, −1e9 for padding."""
-    graph = blocks.graph
+def _softmax_attention(blocks: Blocks, x: str, layer: int, mask: str) -> str:
+    num_heads, factor = blocks.model.shape.num_attention_heads, scale(blocks.model, layer)
+    q, k, v = project(blocks, x, layer, packed=False)
     if blocks.fused:
-        return graph.op("Cast", "attention_mask", to=6)
-    seen = graph.op("Unsqueeze", graph.op("Cast", "attention_mask", to=9), graph.ints(1, 2))
-    return graph.op("Where", seen, graph.scalar(0.0), graph.scalar(-1e9))
+        options = {"num_heads": num_heads, "scale": factor, "mask_filter_value": -1e9}
+        return blocks.graph.fused("MultiHeadAttention", q, k, v, "", mask, **options)
+    q, k, v = (split_heads(blocks, value, num_heads) for value in (q, k, v))
+    return attend(blocks, q, k, v, mask, factor)
 
 
 def _outputs(blocks: Blocks, hidden: str, pooling: Pooling | None) -> None:

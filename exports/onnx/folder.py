@@ -12,10 +12,13 @@ from compress.exports.onnx.decoder import build_decoder
 from compress.exports.onnx.encoder import Pooling, build_encoder
 from compress.exports.onnx.genai import genai_config
 from compress.exports.onnx.graph import Graph
+from compress.exports.onnx.inputs import takes_padding
+from compress.exports.onnx.mixer import state_shapes
+from compress.exports.onnx.recurrence import missing_operators
 from compress.exports.onnx.tasks import task_of
 from compress.exports.onnx.weights import Model
 from compress.models.load import carry
-from compress.runtime.session import SHARED_CACHE
+from compress.runtime.session import SHARED_CACHE, TAKES_PADDING
 from compress.stage import StageContext
 
 if TYPE_CHECKING:
@@ -34,18 +37,37 @@ def write_folder(
     task = task_of(model, pooled=pooling is not None)
     with Graph(out, family.name) as graph:
         blocks = Blocks(graph, described, fused)
+        metadata = {"task": task, "fused": str(fused), SHARED_CACHE: "0"}
         if family.kind == "decoder":
-            build_decoder(blocks)
+            build_decoder(blocks, native=_has_native_mixers(context, described) if fused else False)
+            metadata |= {SHARED_CACHE: str(int(fused)), TAKES_PADDING: str(int(takes_padding(blocks)))}
         else:
             build_encoder(blocks, pooling)
-        shares = fused and family.kind == "decoder"
-        graph.save({"task": task, "fused": str(fused), SHARED_CACHE: str(int(shares))})
+        graph.save(metadata)
     carry(origin, out)
     config = {key: value for key, value in context.input.config.items() if key != "quantization_config"}
     write_json(out / "config.json", config)
-    if shares:
+    if fused and family.kind == "decoder" and _fits_genai(context, described):
         write_json(out / "genai_config.json", genai_config(described, _generation(context), context.target.threads))
     return task
+
+
+def _has_native_mixers(context: StageContext, model: Model) -> bool:
+    """Whether ONNX Runtime has the operators of the model's mixers; the log says what it costs where it has not."""
+    if not any(model.mixers) or not (missing := missing_operators()):
+        return True
+    what = "this ONNX Runtime has no %s: linear layers run token by token (Scan), some 10 µs a token and layer slower"
+    context.reporter.log.warning(what, " and no ".join(missing))
+    return False
+
+
+def _fits_genai(context: StageContext, model: Model) -> bool:
+    """Whether onnxruntime-genai can run it: it takes one shape of states for all linear layers."""
+    shapes = {tuple(state_shapes(model, spec, keep_both=True).values()) for spec in model.mixers if spec}
+    if len(shapes) > 1:
+        what = "its mixers keep states of %d shapes, which onnxruntime-genai can't: no genai_config.json is written"
+        context.reporter.log.warning(what, len(shapes))
+    return len(shapes) <= 1
 
 
 def _generation(context: StageContext) -> dict[str, Any]:

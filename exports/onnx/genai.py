@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from compress.exports.onnx.weights import Model
+from compress.models.anatomy import HYBRID
 
 GENERIC_TYPE = "decoder"
 _OWN_TYPES = ("llama", "mistral", "qwen2", "qwen3")
@@ -20,7 +21,7 @@ def genai_config(model: Model, generation: Mapping[str, Any], threads: int) -> d
         if (value := generation.get(name, model.config.get(name))) is not None
     }
     ids.setdefault("pad_token_id", _first(ids.get("eos_token_id", 0)))
-    decoder = {
+    decoder: dict[str, Any] = {
         "filename": "model.onnx",
         "session_options": {"log_id": "onnxruntime-genai", "intra_op_num_threads": threads, "provider_options": []},
         "hidden_size": shape.hidden_size,
@@ -36,8 +37,12 @@ def genai_config(model: Model, generation: Mapping[str, Any], threads: int) -> d
             "logits": "logits", "present_key_names": "present.%d.key", "present_value_names": "present.%d.value",
         },
     }  # fmt: skip
-    length = shape.max_position_embeddings
-    kind = shape.model_type if shape.model_type in _OWN_TYPES else GENERIC_TYPE
+    if any(model.mixers):
+        decoder["layer_types"] = ["linear_attention" if spec else "full_attention" for spec in model.mixers]
+        for when, names in (("past", decoder["inputs"]), ("present", decoder["outputs"])):
+            names |= {f"{when}_{state}_names": f"{when}.%d.{state}" for state in ("conv", "recurrent")}
+    length, model_type = shape.max_position_embeddings, shape.model_type.removeprefix(HYBRID)
+    kind = model_type if model_type in _OWN_TYPES else GENERIC_TYPE
     search = {"max_length": length, "do_sample": False, "num_beams": 1, "past_present_share_buffer": True}
     described = {"type": kind, "context_length": length, "vocab_size": shape.vocab_size, **ids, "decoder": decoder}
     return {"model": described, "search": search}

@@ -19,9 +19,9 @@ DATA_FILE = "model.onnx.data"
 OPSET = 21
 MICROSOFT = "com.microsoft"
 _ALIGNMENT = 64  # bytes: a cache line, so that a mapped weight needs no copy
-_IR_VERSION = 10  # what opset 21 came with
+IR_VERSION = 10  # what opset 21 came with
 
-Attribute = int | float | str | Sequence[int]
+Attribute = int | float | str | Sequence[int] | onnx.GraphProto
 Dimension = int | str
 
 
@@ -90,17 +90,17 @@ class Graph:
 
     def ints(self, *values: int) -> str:
         """A constant int64 vector, kept once."""
-        name = f"ints.{'_'.join(map(str, values))}"
+        return self.constant(f"ints.{'_'.join(map(str, values))}", np.array(values, np.int64))
+
+    def constant(self, name: str, array: NDArray[Any]) -> str:
+        """A small constant that every caller calls by the same name, kept once."""
         if name not in self._initializers:
-            self._initializers[name] = helper.make_tensor(name, TensorProto.INT64, [len(values)], values)
+            self._initializers[name] = onnx.numpy_helper.from_array(array, name)
         return name
 
     def scalar(self, value: float, dtype: type[np.generic] = np.float32) -> str:
         """A constant of no dimensions, kept once."""
-        name = f"{np.dtype(dtype).name}.{value}"
-        if name not in self._initializers:
-            self._initializers[name] = onnx.numpy_helper.from_array(np.array(value, dtype), name)
-        return name
+        return self.constant(f"{np.dtype(dtype).name}.{value}", np.array(value, dtype))
 
     def op(self, kind: str, *inputs: str, domain: str = "", **attributes: Attribute) -> str:
         """Add a node with one output; an input `""` is left out."""
@@ -126,7 +126,7 @@ class Graph:
         graph = helper.make_graph(self._nodes, self._name, self._inputs, self._outputs, [*self._initializers.values()])
         domains = {node.domain for node in self._nodes} - {""}
         opsets = [helper.make_opsetid("", OPSET), *(helper.make_opsetid(domain, 1) for domain in sorted(domains))]
-        model = helper.make_model(graph, opset_imports=opsets, ir_version=_IR_VERSION, producer_name="compress")
+        model = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="compress")
         helper.set_model_props(model, dict(metadata))
         onnx.save(model, self._folder / MODEL_FILE)
 

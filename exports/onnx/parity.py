@@ -157,7 +157,8 @@ def _expect_encoder(model: PreTrainedModel, prompt: NDArray[np.int64], pooling: 
 
 
 def _compare(onnx: OnnxModel, expected: Expectations, tolerance: float) -> Parity:
-    onnx.run({name: expected.dummy[name] for name in onnx.inputs})
+    dummy: Arrays = {**{slot.past: slot.empty(1) for slot in onnx.cache}, **expected.dummy}
+    onnx.run({name: dummy[name] for name in onnx.inputs})
     parity = Parity()
     for one in expected.prompts:
         compared = _compare_decoder(onnx, one, tolerance) if onnx.is_decoder else _compare_encoder(onnx, one)

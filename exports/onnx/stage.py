@@ -23,8 +23,8 @@ _SCHEMES = {"int4": "w4-block32", "int8": "w8-dynamic"}
 class ExportOnnx(Stage):
     """Build the graph from the family's anatomy, store the tensors untouched, and compare with torch.
 
-    Padding: `fused: true` (`GroupQueryAttention`) takes right-padded batches only, `fused: false` left-padded ones, as
-    optimum's `ORTModelForCausalLM` feeds them. Encoders take both.
+    Padding: `fused: true` (`GroupQueryAttention`) takes right-padded batches only, and none where a linear layer has a
+    convolution; `fused: false` left-padded ones, as optimum's `ORTModelForCausalLM` feeds them. Encoders take both.
     """
 
     name: ClassVar[str] = "export-onnx"
@@ -54,7 +54,8 @@ class ExportOnnx(Stage):
         """Formats and sizes that the operators can't do."""
         if self.format == "int4" and not self.fused:
             yield Problem("fused", "4-bit weights have no standard operator", "leave fused: true")
-        if self.fused and model.family.kind == "decoder" and model.head_dim % 8:
+        has_softmax = None in (model.mixers or (None,))
+        if self.fused and model.family.kind == "decoder" and has_softmax and model.head_dim % 8:
             what = f"GroupQueryAttention needs heads of a multiple of 8, these have {model.head_dim}"
             yield Problem("fused", what, "set fused: false")
 

@@ -7,26 +7,36 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from compress.models.anatomy import HYBRID
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
 def task_of(model: PreTrainedModel, *, pooled: bool) -> str:
-    """optimum's task name: `text-generation-with-past`, `feature-extraction`, `text-classification`, …"""
+    """optimum's task name: `text-generation-with-past`, `feature-extraction`, `text-classification`, …
+
+    A hybrid model's is that of the transformers class that it extends.
+    """
     from optimum.exporters.tasks import TasksManager
 
     if pooled:
         return "sentence-similarity"
-    task = str(TasksManager.infer_task_from_model(type(model)))
+    own = next(base for base in type(model).__mro__ if base.__module__.startswith("transformers."))
+    task = str(TasksManager.infer_task_from_model(own))
     return f"{task}-with-past" if task == "text-generation" else task
 
 
 def dummy_inputs(model: PreTrainedModel, task: str) -> dict[str, NDArray[Any]]:
-    """optimum's random inputs for one row, for decoders a cache of some tokens and one new one."""
+    """optimum's random inputs for one row, for decoders a cache of some tokens and one new one.
+
+    optimum knows no linear layers: a hybrid gets the inputs of the model that it was made from.
+    """
     from optimum.utils import DummyPastKeyValuesGenerator, DummyTextInputGenerator, NormalizedConfigManager
     from optimum.utils.input_generators import MistralDummyPastKeyValuesGenerator
 
-    config = NormalizedConfigManager.get_normalized_config_class(model.config.model_type)(model.config)
+    model_type = model.config.model_type.removeprefix(HYBRID)
+    config = NormalizedConfigManager.get_normalized_config_class(model_type)(model.config)
     base_task = task.removesuffix("-with-past")
     num_past = 7 if task.endswith("-with-past") else 0
     text = DummyTextInputGenerator(base_task, config, batch_size=1, sequence_length=1 if num_past else 16)

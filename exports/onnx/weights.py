@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from compress.mixers.spec import MixerSpec
 from compress.models.anatomy import ModelShape
 from compress.quant.qtensor import QTensor
 
@@ -28,6 +29,11 @@ class Model:
     tensors: Mapping[str, Tensor | QTensor]
     prefix: str
     rotary: tuple[NDArray[np.float32], NDArray[np.float32]] | None = None
+
+    @property
+    def mixers(self) -> tuple[MixerSpec | None, ...]:
+        """What stands in place of each layer's softmax attention; None where that stays."""
+        return self.shape.mixers or (None,) * self.shape.num_hidden_layers
 
     def key(self, common: str, default: Any = None) -> Any:
         """A value of the config by Hugging Face's common key."""
@@ -64,9 +70,11 @@ def array(tensor: Tensor) -> NDArray[np.float32]:
 
 
 def stack_rows(matrices: Sequence[Tensor | QTensor], rows: NDArray[np.int64] | None = None) -> Tensor | QTensor:
-    """Matrices of one kind one below the other, their output channels then reordered by `rows`."""
+    """Matrices of one kind one below the other, their output channels then reordered by `rows` (−1: all zeros)."""
     import torch
 
+    if rows is not None and (rows < 0).any():
+        matrices = [*matrices, _zero_row(matrices[0])]
     if isinstance(matrices[0], QTensor):
         quantised = cast("Sequence[QTensor]", matrices)
         zeros = [matrix.zero_point for matrix in quantised if matrix.zero_point is not None]
@@ -83,6 +91,15 @@ def stack_rows(matrices: Sequence[Tensor | QTensor], rows: NDArray[np.int64] | N
     plain = cast("Sequence[Tensor]", matrices)
     whole = plain[0] if len(plain) == 1 else torch.cat(list(plain))
     return whole if rows is None else whole[torch.from_numpy(rows)]
+
+
+def _zero_row(like: Tensor | QTensor) -> Tensor | QTensor:
+    """One more output channel, whose weights are all zero."""
+    if not isinstance(like, QTensor):
+        return like.new_zeros(1, like.shape[1])
+    codes, scale = like.codes[:1].clone(), like.scale[:1].clone()
+    zero = None if like.zero_point is None else like.zero_point[:1].clone().fill_(like.scheme.midpoint)
+    return QTensor(codes.fill_(like.scheme.midpoint), scale.fill_(1), zero, like.scheme)
 
 
 def stackable(matrices: Sequence[Tensor | QTensor]) -> bool:

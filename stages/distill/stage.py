@@ -13,7 +13,7 @@ from compress.artifact import Format, Metrics
 from compress.errors import InvalidInput, Problem, StageFailed
 from compress.models.anatomy import ModelShape
 from compress.stage import SOURCE, Ref, Reporter, Stage, StageContext
-from compress.train.options import LossWeights, TrainingOptions
+from compress.train.options import TrainingOptions
 
 if TYPE_CHECKING:
     import numpy as np
@@ -36,7 +36,7 @@ class Distill(TrainingOptions, Stage):
     """
 
     name: ClassVar[str] = "distill"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     summary: ClassVar[str] = "train the model towards a teacher, by default the source"
     accepts: ClassVar[frozenset[Format]] = frozenset({"torch"})
     returns: ClassVar[Format] = "torch"
@@ -70,8 +70,8 @@ class Distill(TrainingOptions, Stage):
         """Train, and write the best weights with `history.json`, `loss.png` and `tensorboard/`."""
         from compress.models.load import save_model
         from compress.train.distributed import everywhere
-        from compress.train.engine import EVENTS
         from compress.train.record import write_record
+        from compress.train.resumable import EVENTS
 
         job = self._job(context)
         student, outcome = everywhere(train_student, job, context.reporter)
@@ -84,21 +84,15 @@ class Distill(TrainingOptions, Stage):
 
     def _job(self, context: StageContext) -> Job:
         from compress.models.load import load_tokenizer
+        from compress.train.engine import training_ids
         from compress.train.teacher import check_same_vocabulary
 
         teacher = self._teacher_folder(context)
         tokenizer = load_tokenizer(context.input.path)
         if teacher is not None:
             check_same_vocabulary(tokenizer, load_tokenizer(teacher))
-        budget = self.num_steps * self.batch_size * self.sequence_length
-        train_NT = context.data.blocks("train", tokenizer, self.sequence_length, budget)
-        eval_NT = context.data.blocks(
-            "eval", tokenizer, self.sequence_length, max(self.eval_tokens, 2 * self.sequence_length)
-        )
-        if len(eval_NT) < 2:
-            what = f"has fewer than two blocks of {self.sequence_length} tokens"
-            raise StageFailed("data.eval", what, "add text, or shorten sequence_length")
-        return Job(self, context.input.path, teacher, train_NT, eval_NT, context.work, context.seed)
+        ids = training_ids(self, tokenizer, context)
+        return Job(self, context.input.path, teacher, *ids, context.work, context.seed)
 
     def _teacher_folder(self, context: StageContext) -> Path | None:
         if self.teacher_model is not None:
@@ -130,26 +124,17 @@ def train_student(job: Job, reporter: Reporter) -> tuple[PreTrainedModel, Outcom
     from compress.models.load import load_model
     from compress.models.parts import Parts
     from compress.train.engine import recover
-    from compress.train.teacher import dropped_layers, layer_map, load_teacher
+    from compress.train.teacher import dropped_layers, fitting_loss, layer_map, load_teacher
 
     student = load_model(job.student)
     teacher = load_teacher(job.teacher, job.options.teacher_bits) if job.teacher else None
-    options = _with_fitting_loss(job.options, has_logits=bool(Parts(student).prefix))
+    options = fitting_loss(job.options, has_logits=bool(Parts(student).prefix))
     layers: list[tuple[int, int]] = []
     if teacher is not None:
         num_student, num_teacher = len(Parts(student).layers), len(Parts(teacher).layers)
         layers = list(layer_map(num_student, num_teacher, dropped_layers(job.student)))
     outcome = recover(student, teacher, job.train_NT, job.eval_NT, options, layers, job.work, job.seed, reporter)
     return student, outcome
-
-
-def _with_fitting_loss(options: Distill, *, has_logits: bool) -> Distill:
-    """A backbone without a head has no logits to compare: where no loss was asked for, its layers are."""
-    if has_logits or not (options.loss.kl or options.loss.skew_kl or options.loss.ce):
-        return options
-    if "loss" in options.model_fields_set:
-        raise StageFailed("loss", "the model is a backbone without logits", "use loss: {kl: 0, hidden: 1}")
-    return options.model_copy(update={"loss": LossWeights(kl=0, ce=0, hidden=1, skew_kl=0)})
 
 
 def _teacher_problems(text: str, model: ModelShape) -> Iterator[Problem]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
-from pydantic import Field, ValidationError, ValidatorFunctionWrapHandler, WrapValidator, model_validator
+from pydantic import Field, model_validator
 
 from compress.artifact import Format, Metrics, write_json
 from compress.errors import Problem
 from compress.models.anatomy import ModelShape
+from compress.models.layer_choice import Layers, count
 from compress.stage import Stage, StageContext
 
 if TYPE_CHECKING:
@@ -20,22 +21,6 @@ if TYPE_CHECKING:
     from compress.stages.prune.scores import Choice
 
 By = Literal["block-influence", "angular", "leave-one-out", "uniform", "random"]
-
-
-def _in_one_message(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
-    try:
-        return handler(value)
-    except ValidationError as error:
-        what = "expected a number of layers from 1, a share between 0 and 1, or a list of layer indices"
-        raise ValueError(what) from error
-
-
-Layers = Annotated[
-    Annotated[int, Field(strict=True, ge=1)]
-    | Annotated[float, Field(strict=True, gt=0, lt=1)]
-    | Annotated[tuple[Annotated[int, Field(strict=True, ge=0)], ...], Field(min_length=1)],
-    WrapValidator(_in_one_message),
-]
 
 
 class PruneLayers(Stage):
@@ -89,8 +74,13 @@ class PruneLayers(Stage):
             yield Problem("tokens", what, f"at least {self.sequence_length}")
 
     def shape(self, model: ModelShape) -> ModelShape:
-        """The same model with fewer layers."""
-        return replace(model, num_hidden_layers=self._num_kept(model.num_hidden_layers))
+        """The same model with fewer layers: where scores will choose them, every so many-th."""
+        option, asked = self._asked
+        total, kept = model.num_hidden_layers, self._num_kept(model.num_hidden_layers)
+        if not isinstance(asked, tuple):
+            evenly = model.of_layers([index * total // kept for index in range(kept)])
+            return replace(evenly, layers_guessed=bool(model.mixers))
+        return model.of_layers([index for index in range(total) if (index in asked) == (option == "keep")])
 
     def weight_bytes(self, model: ModelShape, before: float) -> float:
         """Every parameter of the smaller model in float32."""
@@ -135,10 +125,7 @@ class PruneLayers(Stage):
 
     def _num_kept(self, total: int) -> int:
         option, asked = self._asked
-        if isinstance(asked, float):
-            asked = round(asked * total)
-        number = len(asked) if isinstance(asked, tuple) else asked
-        return number if option == "keep" else total - number
+        return count(asked, total) if option == "keep" else total - count(asked, total)
 
     def _choose(self, parts: Parts, context: StageContext) -> Choice:
         from compress.stages.prune import scores

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from compress.models.parts import Parts
+from compress.models.replay import Trace, cosine, distance, output
 from compress.stage import Progress
-from compress.stages.prune.replay import Trace, cosine, distance, output
 
 Score = Literal["block-influence", "angular", "leave-one-out"]
 

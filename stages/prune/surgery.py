@@ -27,10 +27,11 @@ def drop_layers(model: PreTrainedModel, dropped: Collection[int]) -> None:
     for index, layer in enumerate(parts.layers):
         module: Any
         for module in layer.modules():
-            if hasattr(module, "layer_idx"):  # an attention's place in the KV cache
+            if hasattr(module, "layer_idx"):  # an attention's place in the cache
                 module.layer_idx = index
-    if getattr(config, "layer_types", None) is not None:
-        config.layer_types = [config.layer_types[index] for index in kept]
+    for key in ("layer_types", "mixers"):
+        if getattr(config, key, None) is not None:
+            setattr(config, key, [getattr(config, key)[index] for index in kept])
     if hasattr(config, "max_window_layers"):
         config.max_window_layers = sum(index < config.max_window_layers for index in kept)
     setattr(config, parts.family.key("num_hidden_layers"), len(kept))

@@ -20,7 +20,8 @@ LENGTH = 16
 STEPS = 8
 BASE: dict[str, Any] = {
     "sequence_length": LENGTH, "batch_size": 4, "tokens": STEPS * 4 * LENGTH, "eval_steps": 2, "learning_rate": 3e-3,
-}
+    "precision": "fp32",
+}  # fmt: skip
 
 
 def blocks(num_blocks: int, seed: int = 0) -> np.ndarray[Any, np.dtype[np.int64]]:

@@ -19,6 +19,7 @@ from compress.train.distributed import follow, is_follower, release
 
 OPTIONS: dict[str, Any] = {
     "sequence_length": 16, "batch_size": 4, "tokens": 6 * 64, "eval_tokens": 96, "learning_rate": 3e-3, "eval_steps": 3,
+    "precision": "fp32",
 }  # fmt: skip
 
 

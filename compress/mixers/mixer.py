@@ -1,0 +1,182 @@
+"""The linear-time mixer that takes the place of a decoder layer's `self_attn`."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import Cache, PretrainedConfig
+from transformers import initialization as init
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
+
+from .conv import CausalConv
+from .features import FeatureMap
+from .scan import chunked, step
+from .spec import MixerSpec
+
+HORIZONS = (512.0, 16.0)
+"""Tokens after which a head starts to forget a 1/e-th: the first head's and the last one's, geometric in between."""
+
+
+class Mixer(nn.Module):
+    """Causal linear attention, gated linear attention, Mamba-2's SSD or the gated delta rule, as `config.mixers` says.
+
+    Its projections (and Qwen3's q/k norms) have the names, shapes and biases of the attention that it replaces; what is
+    new starts as the identity where it can. H query and G key/value heads of size D; query head h reads key/value head
+    h // (H/G). Per sequence it keeps a float32 state (G, d_k, d_v) and, with a convolution, the last inputs of it
+    ((H + 2G)·D, kernel − 1), both in transformers' own linear-attention cache layer.
+    """
+
+    def __init__(self, config: PretrainedConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.spec = spec = MixerSpec(**config.mixers[layer_idx])
+        hidden, heads, groups = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
+        self.head_dim = head_dim = getattr(config, "head_dim", None) or hidden // heads
+        self.heads, self.groups = heads, groups
+        family = config.model_type.removeprefix("hybrid_")
+        biased = bool(getattr(config, "attention_bias", False))
+        self.q_proj = nn.Linear(hidden, heads * head_dim, bias=biased or family == "qwen2")
+        self.k_proj = nn.Linear(hidden, groups * head_dim, bias=biased or family == "qwen2")
+        self.v_proj = nn.Linear(hidden, groups * head_dim, bias=biased or family == "qwen2")
+        self.o_proj = nn.Linear(heads * head_dim, hidden, bias=biased and family != "qwen2")
+        if family == "qwen3":
+            self.q_norm = LlamaRMSNorm(head_dim, eps=config.rms_norm_eps)
+            self.k_norm = LlamaRMSNorm(head_dim, eps=config.rms_norm_eps)
+        self.feature_map_q = FeatureMap(spec.feature_map, heads, head_dim)
+        self.feature_map_k = FeatureMap(spec.feature_map, groups, head_dim)
+        if spec.conv_kernel:
+            self.conv = CausalConv((heads + 2 * groups) * head_dim, spec.conv_kernel)
+        if spec.decay == "scalar":
+            self.a_proj = nn.Linear(hidden, groups)
+        if spec.decay == "dt":
+            self.dt_proj = nn.Linear(hidden, groups)
+            self.A = nn.Parameter(torch.empty(groups))
+        if spec.beta:
+            self.b_proj = nn.Linear(hidden, groups)
+        if spec.gate:
+            self.g_proj = nn.Linear(hidden, heads)
+        if not spec.normalised:
+            self.norm = LlamaRMSNorm(head_dim, eps=config.rms_norm_eps)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Start what the replaced attention did not have; loaded weights stay (transformers flags them)."""
+        self.feature_map_q.reset_parameters()
+        self.feature_map_k.reset_parameters()
+        if self.spec.conv_kernel:
+            self.conv.reset_parameters()
+        if self.spec.decay == "scalar":
+            first, last = (math.log(tokens) for tokens in HORIZONS)
+            rate_G = torch.exp(-torch.linspace(first, last, self.groups))
+            _constant(self.a_proj, rate_G.expm1().log())  # softplus⁻¹
+        if self.spec.decay == "dt":
+            _constant(self.dt_proj, torch.full((self.groups,), math.log(math.expm1(1.0))))
+            init.zeros_(self.A)
+        if self.spec.beta:
+            _constant(self.b_proj, torch.zeros(self.groups))
+        if self.spec.gate:
+            _constant(self.g_proj, torch.zeros(self.heads))
+        if not self.spec.normalised:
+            init.ones_(self.norm.weight)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        past_key_values: Cache | None = None,
+        padding_mask: Tensor | None = None,
+        segment_start_BT: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        """(B, T, hidden) → (B, T, hidden). Other keywords of the attention's are ignored.
+
+        position_embeddings: RoPE's cosine and sine. past_key_values: read and written at `layer_idx`. padding_mask
+        (B, S ≥ T): its last T columns are zero where these tokens are padding, on either side. segment_start_BT: true
+        where a packed row starts a new document.
+        """
+        valid_BT = None if padding_mask is None else padding_mask[:, -hidden_states.shape[1] :].bool()
+        q, k, v = self._project(hidden_states, past_key_values, valid_BT, segment_start_BT)
+        q, k = apply_rotary_pos_emb(q, k, *position_embeddings, unsqueeze_dim=2)
+        q, k = self.feature_map_q(q), self.feature_map_k(k)
+        v, log_decay_BTG, beta_BTG = self._rates(hidden_states, v.float())
+        if valid_BT is not None:
+            k = k * valid_BT[:, :, None, None]
+            log_decay_BTG = None if log_decay_BTG is None else log_decay_BTG * valid_BT.unsqueeze(-1)
+            beta_BTG = None if beta_BTG is None else beta_BTG * valid_BT.unsqueeze(-1)
+        y_BTHV = self._scan(q, k, v, log_decay_BTG, beta_BTG, past_key_values, segment_start_BT)
+        y_BTHD = y_BTHV[..., :-1] / (y_BTHV[..., -1:] + 1e-6) if self.spec.normalised else self.norm(y_BTHV)
+        if self.spec.gate:
+            y_BTHD = y_BTHD * 2 * torch.sigmoid(self.g_proj(hidden_states).float()).unsqueeze(-1)
+        return self.o_proj(y_BTHD.flatten(2).to(hidden_states.dtype)), None
+
+    def _project(
+        self, x: Tensor, cache: Cache | None, valid_BT: Tensor | None, segment_start_BT: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """q (B, T, H, D), k and v (B, T, G, D): normed, zero at padding, convolved."""
+        q, k, v = (p(x).unflatten(2, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        if hasattr(self, "q_norm"):
+            q, k = self.q_norm(q), self.k_norm(k)
+        if not self.spec.conv_kernel:
+            return q, k, v
+        qkv = torch.cat([q, k, v], 2).flatten(2)
+        if valid_BT is not None:
+            qkv = qkv * valid_BT.unsqueeze(-1)
+        past = self._cached(cache, "conv_states")
+        qkv, state = self.conv(qkv, past, segment_start_BT, valid_BT)
+        if cache is not None:
+            cache.update_conv_state(state, self.layer_idx)
+        q, k, v = qkv.unflatten(2, (-1, self.head_dim)).split([self.heads, self.groups, self.groups], 2)
+        return q, k, v
+
+    def _rates(self, x: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The values that the scan takes (B, T, G, d_v), log decay and beta (B, T, G), all float32."""
+        if self.spec.normalised:
+            v = F.pad(v, (0, 1), value=1.0)
+        log_decay_BTG = beta_BTG = None
+        if self.spec.decay == "scalar":
+            log_decay_BTG = -F.softplus(self.a_proj(x).float())
+        if self.spec.decay == "dt":
+            delta_BTG = F.softplus(self.dt_proj(x).float())
+            A = self.A.float()
+            # relu with a straight-through gradient: A starts at 0, and must be able to leave it
+            log_decay_BTG = -delta_BTG * (F.relu(A).detach() + A - A.detach())
+            v = v * delta_BTG.unsqueeze(-1)
+        if self.spec.beta:
+            beta_BTG = torch.sigmoid(self.b_proj(x).float())
+        return v, log_decay_BTG, beta_BTG
+
+    def _scan(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        log_decay_BTG: Tensor | None,
+        beta_BTG: Tensor | None,
+        cache: Cache | None,
+        segment_start_BT: Tensor | None,
+    ) -> Tensor:
+        """The recurrence from the cache's state to the cache's next state."""
+        scanned = (q, k, v, log_decay_BTG, beta_BTG, self._cached(cache, "recurrent_states"))
+        rule = self.spec.update_rule
+        if q.shape[1] == 1:
+            y_BTHV, state = step(*scanned, rule=rule, segment_start_B1=segment_start_BT)
+        else:
+            y_BTHV, state = chunked(*scanned, rule=rule, segment_start_BT=segment_start_BT)
+        if cache is not None:
+            cache.update_recurrent_state(state, self.layer_idx)
+        return y_BTHV
+
+    def _cached(self, cache: Cache | None, states: str) -> Tensor | None:
+        """This layer's state, None before the first token."""
+        cached: Tensor | None = None if cache is None else getattr(cache.layers[self.layer_idx], states)[0]
+        return cached
+
+
+def _constant(linear: nn.Linear, bias: Tensor) -> None:
+    """Make the layer give `bias`, whatever its input."""
+    init.zeros_(linear.weight)
+    init.copy_(linear.bias, bias.to(linear.bias))

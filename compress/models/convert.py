@@ -1,0 +1,77 @@
+"""A model as the same model with other mixers in some of its layers."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from compress.errors import InvalidInput
+from compress.mixers import hybrid, hybrid_bert
+from compress.mixers.hybrid import FULL, LINEAR, SLIDING
+from compress.mixers.mixer import Mixer
+from compress.mixers.noncausal import NonCausalMixer
+from compress.mixers.spec import MixerSpec
+
+PREFIX = "Hybrid"
+
+
+def to_hybrid(
+    model: PreTrainedModel,
+    mixers: Sequence[MixerSpec | None],
+    layer_types: Sequence[str] | None = None,
+    sliding_window: int | None = None,
+) -> PreTrainedModel:
+    """A hybrid model, in eval mode, with copies of those of `model`'s weights that its layers have a place for.
+
+    model: llama, mistral, qwen2, qwen3 or bert, or a hybrid one, which is converted further. mixers: one entry a layer,
+    None where softmax attention stays (or comes back). layer_types: of a decoder; by default `linear_attention` where
+    there is a mixer, elsewhere what the layer is in `model`. sliding_window: by default the model's own. What a mixer
+    has and the layer had not starts as the mixer's class says. Raises InvalidInput for any other model.
+    """
+    classes = {cls.__name__: cls for module in (hybrid, hybrid_bert) for cls in module.AUTO_CLASSES}
+    hybrid_class: Any = classes.get(PREFIX + type(model).__name__.removeprefix(PREFIX))
+    if hybrid_class is None:
+        known = ", ".join(name.removeprefix(PREFIX) for name in classes)
+        raise InvalidInput("model", f"{type(model).__name__} has no hybrid form", f"these have: {known}")
+    config_class = hybrid_class.config_class
+    keys = model.config.to_dict() | {
+        "model_type": config_class.model_type,
+        "mixers": [None if spec is None else spec.to_json() for spec in mixers],
+    }
+    if issubclass(config_class, hybrid.HybridConfig):
+        keys["layer_types"] = list(layer_types or _layer_types(model.config, mixers))
+        keys["sliding_window"] = sliding_window or getattr(model.config, "sliding_window", None)
+    config = config_class.from_dict(keys)
+    converted: Any = hybrid_class.from_pretrained(
+        None, config=config, state_dict=_weights(model, hybrid_class, config), dtype=model.dtype,
+        attn_implementation=model.config._attn_implementation,
+    )  # fmt: skip
+    if converted.can_generate():
+        converted.generation_config = copy.deepcopy(model.generation_config)
+    return cast(PreTrainedModel, converted.to(model.device).eval())
+
+
+def _weights(model: PreTrainedModel, hybrid_class: Any, config: PreTrainedConfig) -> dict[str, Tensor]:
+    """The hybrid's weights: copies of the model's, and a new mixer's own for what the model has not."""
+    with torch.device("meta"):
+        empty = hybrid_class(config)
+    needed = empty.state_dict()
+    weights = {name: weight.detach().clone() for name, weight in model.state_dict().items() if name in needed}
+    for path, module in empty.named_modules():
+        if isinstance(module, Mixer | NonCausalMixer):
+            with torch.random.fork_rng(devices=[]):  # its projections' own weights are drawn, and left out
+                own = type(module)(config, module.layer_idx).state_dict()
+            weights = {f"{path}.{name}": weight for name, weight in own.items()} | weights
+    return weights
+
+
+def _layer_types(config: PreTrainedConfig, mixers: Sequence[MixerSpec | None]) -> list[str]:
+    window = getattr(config, "sliding_window", None)
+    before = getattr(config, "layer_types", None) or [SLIDING if window else FULL] * len(mixers)
+    softmax = [FULL if layer_type == LINEAR else layer_type for layer_type in before]
+    return [kept if spec is None else LINEAR for kept, spec in zip(softmax, mixers, strict=True)]

@@ -1,0 +1,56 @@
+"""Rotated queries and keys as the features of a linear-time mixer.
+
+Shapes: B rows, T new tokens, N = H + G heads, those of queries first, D head size, K features of a head.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from compress.exports.onnx.attention import PlainInputs, rotate, split_heads
+from compress.exports.onnx.blocks import Blocks
+from compress.mixers.spec import FeatureMap
+
+EPSILON = 1e-6
+"""What is added to the square of a length."""
+
+Rotary = tuple[str, str, str] | PlainInputs
+"""The positions `(B, T)`, cosines and sines that `RotaryEmbedding` takes; or what `rotate` takes."""
+
+
+def features(blocks: Blocks, qk: str, kind: FeatureMap, path: str, rotary: Rotary, packed: str) -> str:
+    """[q; k] `(B, T, N·D)` → `(B, T, N·K)`. path: of the mixer, with its dot. packed: the int64 vector [B, T, −1]."""
+    graph, shape = blocks.graph, blocks.model.shape
+    num_heads, head_dim = shape.num_attention_heads + shape.num_key_value_heads, shape.head_dim
+    if isinstance(rotary, PlainInputs):
+        rotated_BNTD = rotate(blocks, split_heads(blocks, qk, num_heads), rotary)
+        mapped = graph.op("Transpose", _map(blocks, rotated_BNTD, kind, path), perm=(0, 2, 1, 3))
+        return graph.op("Reshape", mapped, graph.ints(0, 0, -1))
+    rotated = _rotate_packed(blocks, qk, num_heads, rotary)
+    if kind != "hedgehog":
+        heads_BTND = graph.op("Reshape", rotated, graph.ints(0, 0, num_heads, head_dim))
+        return graph.op("Reshape", _map(blocks, heads_BTND, kind, path), graph.ints(0, 0, -1))
+    heads_XND = graph.op("Reshape", rotated, graph.ints(-1, num_heads, head_dim))  # X = B·T
+    mapped_XNK = graph.op("Transpose", _map(blocks, heads_XND, kind, path), perm=(1, 0, 2))
+    return graph.op("Reshape", mapped_XNK, packed)
+
+
+def _rotate_packed(blocks: Blocks, qk: str, num_heads: int, rotary: tuple[str, str, str]) -> str:
+    assert blocks.model.rotary is not None
+    width = 2 * blocks.model.rotary[0].shape[1]
+    partly = {"rotary_embedding_dim": width} if width != blocks.model.shape.head_dim else {}
+    return blocks.graph.fused("RotaryEmbedding", qk, *rotary, num_heads=num_heads, interleaved=0, **partly)
+
+
+def _map(blocks: Blocks, x: str, kind: FeatureMap, path: str) -> str:
+    """φ of heads `(…, D)`: of hedgehog's `(B, N, T, D)`, or, by fused operators, `(X, N, D)` → `(N, X, K)`."""
+    graph, head_dim = blocks.graph, blocks.model.shape.head_dim
+    if kind == "l2":  # x/√(Σx² + ε) is the root mean square norm with ε/D and the weight 1/√D
+        unit = graph.constant("unit", np.full(head_dim, head_dim**-0.5, np.float32))
+        return blocks.rms_norm(x, unit, EPSILON / head_dim)
+    if kind == "hedgehog":
+        weight_NDD = np.concatenate([blocks.model.vector(f"{path}feature_map_{part}.weight") for part in "qk"])
+        weight = graph.weight(f"{path}feature_map.weight", weight_NDD.transpose(0, 2, 1))
+        x = graph.fused("FusedMatMul", x, weight, transBatchA=1) if blocks.fused else graph.op("MatMul", x, weight)
+        x = graph.op("Concat", x, graph.op("Neg", x), axis=-1)  # [W, −W] would be twice the bytes to read a step
+    return graph.op("Softmax", x, axis=-1)

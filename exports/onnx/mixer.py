@@ -1,0 +1,232 @@
+"""A linear-time mixer (`compress.mixers`) as ONNX nodes.
+
+Shapes: B rows, T new tokens, H query and G key/value heads of D channels, N = H + G; K features of a head, V columns of
+its state: D, and where it is normalised one more for the denominator.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from compress.exports.onnx.blocks import Blocks
+from compress.exports.onnx.features import Rotary, features
+from compress.exports.onnx.recurrence import causal_conv, linear_attention
+from compress.exports.onnx.weights import Model
+from compress.mixers.spec import MixerSpec
+
+EPSILON = 1e-6
+"""What is added to the denominator."""
+
+
+@dataclass(frozen=True)
+class MixerInputs:
+    """What all mixers of a graph read beside the hidden states.
+
+    rotary, packed: as `features` takes them. mask_BT1: 1 for a token, 0 for padding; `""` where there is none. native:
+    whether ONNX Runtime has the recurrences as operators.
+    """
+
+    rotary: Rotary
+    mask_BT1: str
+    packed: str
+    native: bool
+
+
+def state_shapes(model: Model, spec: MixerSpec, *, keep_both: bool) -> dict[str, tuple[int, ...]]:
+    """The states that one sequence keeps in one layer, by name: `recurrent`, and `conv` where there is a convolution.
+
+    keep_both: also where there is none, as onnxruntime-genai wants it, and of the shape that other layers have; such a
+    state is passed on as it is.
+    """
+    head_dim, num_kv = model.shape.head_dim, model.shape.num_key_value_heads
+    shapes: dict[str, tuple[int, ...]] = {"recurrent": (num_kv, spec.key_dim(head_dim), spec.value_dim(head_dim))}
+    candidates = [spec, *filter(None, model.mixers)] if keep_both else [spec]
+    if convolved := next((other for other in candidates if other.conv_kernel), None):
+        shapes["conv"] = (_num_channels(model, convolved), convolved.conv_kernel - 1)
+    elif keep_both:
+        shapes["conv"] = (1, 1)
+    return shapes
+
+
+def mixer(blocks: Blocks, x: str, layer: int, spec: MixerSpec, inputs: MixerInputs) -> tuple[str, dict[str, str]]:
+    """(mixed `(B, T, H·D)`, the states after it by name)."""
+    return _Mixer(blocks, layer, spec, inputs).emit(x)
+
+
+def _num_channels(model: Model, spec: MixerSpec) -> int:
+    """What the convolution of [q; k; v] has: the denominator's columns pass through it unchanged."""
+    head_dim, num_kv = model.shape.head_dim, model.shape.num_key_value_heads
+    return (model.shape.num_attention_heads + num_kv) * head_dim + num_kv * spec.value_dim(head_dim)
+
+
+@dataclass(frozen=True)
+class _Mixer:
+    blocks: Blocks
+    layer: int
+    spec: MixerSpec
+    inputs: MixerInputs
+
+    def emit(self, x: str) -> tuple[str, dict[str, str]]:
+        graph, mask = self.blocks.graph, self.inputs.mask_BT1
+        qk, v, conv = self._project(x)
+        q, k = self._features(qk)
+        if mask:
+            k = graph.op("Mul", k, mask)
+        v, decay, beta, gate = self._rates(x, v)
+        out, recurrent = linear_attention(
+            graph, q, k, v, self._past("recurrent"), decay, beta,
+            rule=self.spec.update_rule, heads=(self._num_heads, self._num_kv), native=self.inputs.native,
+        )  # fmt: skip
+        return self._finish(out, gate), {"recurrent": recurrent, "conv": conv}
+
+    @property
+    def _num_heads(self) -> int:
+        return self.blocks.model.shape.num_attention_heads
+
+    @property
+    def _num_kv(self) -> int:
+        return self.blocks.model.shape.num_key_value_heads
+
+    @property
+    def _head_dim(self) -> int:
+        return self.blocks.model.shape.head_dim
+
+    @property
+    def _widths(self) -> tuple[int, int]:
+        """Channels of [q; k] and of v, whose heads end with the denominator's column."""
+        return (self._num_heads + self._num_kv) * self._head_dim, self._num_kv * self.spec.value_dim(self._head_dim)
+
+    @property
+    def _factor(self) -> float:
+        """The gate's constant factor, which is taken into a weight."""
+        return 2.0 if self.spec.gate else 1.0
+
+    def _path(self, leaf: str) -> str:
+        return self.blocks.model.layer(self.layer, f"{self.blocks.model.shape.family.attention.path}.{leaf}")
+
+    def _past(self, state: str) -> str:
+        return f"past.{self.layer}.{state}"
+
+    def _project(self, x: str) -> tuple[str, str, str]:
+        """([q; k] `(B, T, N·D)`, v `(B, T, G·V)`, the convolution's state): normed and convolved."""
+        blocks, graph, anatomy = self.blocks, self.blocks.graph, self.blocks.model.shape.family.attention
+        paths = [self._path(leaf) for leaf in (anatomy.q, anatomy.k, anatomy.v)]
+        has_norms = bool(anatomy.q_norm) and blocks.model.has(self._path(anatomy.q_norm))
+        qk_width, v_width = self._widths
+        one = 1 / self._factor if self.spec.normalised else 0.0
+        if blocks.can_stack(*paths):
+            rows = np.concatenate([np.arange(qk_width), self._value_rows(qk_width)]) if one else None
+            whole = blocks.linear(x, *paths, name=self._path("qkv_proj"), rows=rows, constant=one)
+        else:  # some are kept in float32
+            rows = self._value_rows(0) if one else None
+            v = blocks.linear(x, paths[2], rows=rows, constant=one)
+            whole = graph.op("Concat", *(blocks.linear(x, path) for path in paths[:2]), v, axis=-1)
+        if has_norms:
+            qk, v = self._split(whole, qk_width, v_width)
+            qk = self._norm_heads(qk)
+            if not self.spec.conv_kernel:
+                return qk, v, self._pass_on()
+            whole = graph.op("Concat", qk, v, axis=-1)
+        whole, state = self._convolve(whole) if self.spec.conv_kernel else (whole, self._pass_on())
+        qk, v = self._split(whole, qk_width, v_width)
+        return qk, v, state
+
+    def _value_rows(self, first: int) -> NDArray[np.int64]:
+        """Which stored row is each channel of v; −1 for the denominator's, which is a constant."""
+        rows_GV = np.full((self._num_kv, self._head_dim + 1), -1)
+        rows_GV[:, :-1] = first + np.arange(self._num_kv * self._head_dim).reshape(self._num_kv, -1)
+        return rows_GV.reshape(-1)
+
+    def _norm_heads(self, qk: str) -> str:
+        anatomy, graph = self.blocks.model.shape.family.attention, self.blocks.graph
+        counts = (self._num_heads, self._num_kv)
+        vectors = (self.blocks.model.vector(f"{self._path(leaf)}.weight") for leaf in (anatomy.q_norm, anatomy.k_norm))
+        weight_ND = np.concatenate([np.tile(vector, (n, 1)) for vector, n in zip(vectors, counts, strict=True)])
+        heads = graph.op("Reshape", qk, graph.ints(0, 0, -1, self._head_dim))
+        normed = self.blocks.rms_norm(heads, graph.constant("ones", np.ones(self._head_dim, np.float32)))
+        scaled = graph.op("Mul", normed, graph.weight(self._path("qk_norm.weight"), weight_ND))
+        return graph.op("Reshape", scaled, graph.ints(0, 0, -1))
+
+    def _pass_on(self) -> str:
+        return self.blocks.graph.op("Identity", self._past("conv")) if self.blocks.fused else ""
+
+    def _convolve(self, x: str) -> tuple[str, str]:
+        graph, spec = self.blocks.graph, self.spec
+        weight_CK = self.blocks.model.vector(self._path("conv.weight"))
+        if spec.normalised:
+            through_1K = np.eye(1, spec.conv_kernel, spec.conv_kernel - 1, dtype=np.float32)
+            stored_CK = np.append(weight_CK, through_1K, axis=0)
+            weight_CK = stored_CK[np.append(np.arange(self._widths[0]), self._value_rows(self._widths[0]))]
+        if self.inputs.mask_BT1:
+            x = graph.op("Mul", x, self.inputs.mask_BT1)
+        weight = graph.weight(self._path("conv.weight"), weight_CK[:, None])
+        return causal_conv(graph, x, weight, self._past("conv"), shape=weight_CK.shape, native=self.inputs.native)
+
+    def _features(self, qk: str) -> tuple[str, str]:
+        """Features of q `(B, T, H·K)` and of k `(B, T, G·K)`, rotated before."""
+        kind, inputs = self.spec.feature_map, self.inputs
+        mapped = features(self.blocks, qk, kind, self._path(""), inputs.rotary, inputs.packed)
+        key_dim = self.spec.key_dim(self._head_dim)
+        q, k = self._split(mapped, self._num_heads * key_dim, self._num_kv * key_dim)
+        return q, k
+
+    def _rates(self, x: str, v: str) -> tuple[str, str, str, str]:
+        """(v as the recurrence takes it, log decay and beta `(B, T, G)`, gate `(B, T, H)`); `""` for what is not."""
+        graph, spec, mask = self.blocks.graph, self.spec, self.inputs.mask_BT1
+        leaves = {"scalar": ["a_proj"], "dt": ["dt_proj"], "none": []}[spec.decay]
+        leaves += ["b_proj"] * spec.beta + ["g_proj"] * spec.gate
+        if not leaves:
+            return v, "", "", ""
+        stacked = self.blocks.linear(x, *map(self._path, leaves), name=self._path("rates"))
+        widths = [self._num_heads if leaf == "g_proj" else self._num_kv for leaf in leaves]
+        parts = iter(self._split(stacked, *widths))
+        decay = beta = gate = ""
+        if spec.decay != "none":
+            v, decay = self._decay(graph.op("Softplus", next(parts)), v)
+        if spec.beta:
+            beta = graph.op("Sigmoid", next(parts))
+            beta = graph.op("Mul", beta, mask) if mask else beta
+        if spec.gate:
+            gate = graph.op("Sigmoid", next(parts))
+        return v, decay, beta, gate
+
+    def _decay(self, rate_BTG: str, v: str) -> tuple[str, str]:
+        """(v, log decay) of a positive rate: minus the rate, or Mamba-2's Δ·A with v·Δ."""
+        graph, mask = self.blocks.graph, self.inputs.mask_BT1
+        if mask:
+            rate_BTG = graph.op("Mul", rate_BTG, mask)
+        if self.spec.decay == "scalar":
+            return v, graph.op("Neg", rate_BTG)
+        wide = graph.constant(
+            f"per_head.{self.spec.value_dim(self._head_dim)}",
+            np.repeat(np.eye(self._num_kv, dtype=np.float32), self.spec.value_dim(self._head_dim), axis=1),
+        )
+        decay_G = graph.weight(self._path("A"), np.minimum(-self.blocks.model.vector(self._path("A")), 0))
+        return graph.op("Mul", v, graph.op("MatMul", rate_BTG, wide)), graph.op("Mul", rate_BTG, decay_G)
+
+    def _finish(self, out_BTX: str, gate_BTH: str) -> str:
+        """Numerator over denominator, or the norm of each head; times the gate. `(B, T, H·D)`."""
+        graph, head_dim = self.blocks.graph, self._head_dim
+        heads = graph.op("Reshape", out_BTX, graph.ints(0, 0, self._num_heads, self.spec.value_dim(head_dim)))
+        gate = graph.op("Unsqueeze", gate_BTH, graph.ints(3)) if gate_BTH else ""
+        if self.spec.normalised:
+            numerator, denominator = self._split(heads, head_dim, 1)
+            denominator = graph.op("Add", denominator, graph.scalar(EPSILON / self._factor))
+            if gate:
+                mixed = graph.op("Mul", numerator, graph.op("Div", gate, denominator))
+            else:
+                mixed = graph.op("Div", numerator, denominator)
+        else:
+            weight = self._factor * self.blocks.model.vector(self._path("norm.weight"))
+            mixed = self.blocks.rms_norm(heads, graph.weight(self._path("norm.weight"), weight))
+            mixed = graph.op("Mul", mixed, gate) if gate else mixed
+        return graph.op("Reshape", mixed, graph.ints(0, 0, -1))
+
+    def _split(self, x: str, *widths: int) -> tuple[str, ...]:
+        if len(widths) == 1:
+            return (x,)
+        graph = self.blocks.graph
+        return graph.ops("Split", [x, graph.ints(*widths)], len(widths), attributes={"axis": -1})

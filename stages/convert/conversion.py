@@ -1,0 +1,199 @@
+"""The conversion as every process of a launch does it: new mixers, alignment, choice of layers, distillation."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from compress.artifact import write_json
+from compress.errors import StageFailed
+from compress.models.anatomy import shape_of
+from compress.models.load import load_model, load_tokenizer
+from compress.models.parts import Parts
+from compress.stage import Reporter, StageContext
+from compress.stages.convert.choose import Choice, best_restored, least_moved, proxy_scores
+from compress.stages.convert.init import forget_attention, new_mixers, new_parameters, windowed, with_mixers
+from compress.stages.convert.layers import FULL, candidates, kinds, to_convert
+from compress.stages.convert.stage import TEACHER, ConvertAttention, HybridTraining
+from compress.train.align import Aligned, align
+from compress.train.distributed import is_follower
+from compress.train.engine import Ids, Outcome, place, recover, training_ids
+from compress.train.precision import uses_bf16
+from compress.train.teacher import check_same_vocabulary, fitting_loss, layer_map, load_teacher
+
+_NUM_BATCH_TOKENS = 1024
+DISTILL = "distill"
+"""The folder of the end-to-end training inside `work`."""
+_SCORES = "scores.json"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One conversion, as every process of a launch is told of it.
+
+    chosen: the layers to convert, None where they are to be measured. align_NT, held_NT: sequences of tokens of the
+    train split to align on, and to judge on. distill_ids: of the train and the eval split, for the whole model.
+    """
+
+    options: ConvertAttention
+    chosen: list[int] | None
+    input: Path
+    teacher: Path
+    align_NT: Ids
+    held_NT: Ids
+    distill_ids: tuple[Ids, Ids] | None
+    work: Path
+    seed: int
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A converted model and how it came about."""
+
+    model: PreTrainedModel
+    choice: Choice
+    aligned: Aligned | None
+    outcome: Outcome | None
+
+
+def prepare(options: ConvertAttention, context: StageContext) -> Job:
+    """Read the text. Raises StageFailed where there is too little, the teacher's tokenizer is another one, or the
+    options do not fit the model after all: of stages that choose layers, `check` knew only their number."""
+    shape = shape_of(context.input.config)
+    problem = next(options.check(shape), None)
+    if problem is not None:
+        raise StageFailed(problem.where, problem.what, problem.fix)
+    tokenizer = load_tokenizer(context.input.path)
+    teacher = context.inputs[TEACHER]
+    if teacher.format != "torch":
+        raise StageFailed(TEACHER, f"{options.teacher!r} is of the format {teacher.format}", "name a torch model")
+    check_same_vocabulary(tokenizer, load_tokenizer(teacher.path))
+    chosen = options.preselected(shape, context.seed)
+    held_tokens = options.select_tokens if chosen is None else 0
+    num_tokens = options.align.num_tokens if options.align else 0
+    if chosen is None and options.select == "kl":
+        num_tokens = max(num_tokens, options.kl_tokens)
+    ids = _held_out(num_tokens, held_tokens, options.block_length, tokenizer, context)
+    distill_ids = training_ids(options.distill, tokenizer, context) if options.distill else None
+    return Job(options, chosen, context.input.path, teacher.path, *ids, distill_ids, context.work, context.seed)
+
+
+def _held_out(
+    num_tokens: int, held_tokens: int, length: int, tokenizer: PreTrainedTokenizerBase, context: StageContext
+) -> tuple[Ids, Ids]:
+    """Blocks of the train split to train on, and others, evenly spaced between them, to judge on."""
+    if not num_tokens + held_tokens:
+        return np.empty((0, length), np.int64), np.empty((0, length), np.int64)
+    blocks_NT = context.data.blocks("train", tokenizer, length, num_tokens + held_tokens)
+    num_held = min(held_tokens // length, len(blocks_NT) // 2 if num_tokens else len(blocks_NT))
+    if held_tokens and not num_held:
+        what = f"has one block of {length} tokens, and another is needed to judge on"
+        raise StageFailed("data.train", what, "add text, or shorten align.sequence_length")
+    held = [row * len(blocks_NT) // num_held for row in range(num_held)]
+    return np.delete(blocks_NT, held, axis=0), blocks_NT[held]
+
+
+def convert(job: Job, reporter: Reporter) -> Conversion:
+    """Convert. Raises StageFailed where the layers asked for can't be, or where a training diverges."""
+    options, to, window = job.options, job.options.to, job.options.num_seen
+    source = load_model(job.input)
+    shape = Parts(source).shape
+    teacher = source if job.teacher == job.input else load_teacher(job.teacher)
+    tried = candidates(shape, to) if job.chosen is None else job.chosen
+    mixers = new_mixers(source, tried, to, window)
+    if options.init == "random":
+        forget_attention(mixers, source, job.seed)
+    shown = source if kinds(shape)[tried[0]] == FULL else _fitting(teacher, source)
+    with windowed(mixers, window) if to == "sliding" else contextlib.nullcontext():
+        aligned = None
+        if options.align is not None:
+            aligned = align(mixers, shown, job.align_NT, options.align, job.work / "align", job.seed, reporter)
+        choice = Choice(tried) if job.chosen else _choose(job, source, shown, teacher, mixers, reporter)
+    reporter.log.info("convert-attention: %s in layers %s", to, ", ".join(map(str, choice.converted)))
+    cast(nn.Module, source).cpu()
+    model = with_mixers(source, mixers, choice.converted, to, window)
+    outcome = None
+    if options.distill is not None and job.distill_ids is not None:
+        work = job.work / DISTILL
+        outcome = _train(model, teacher, job.distill_ids, options.distill, work, job.seed, reporter)
+    return Conversion(model, choice, aligned, outcome)
+
+
+def _choose(
+    job: Job, source: PreTrainedModel, shown: PreTrainedModel, teacher: PreTrainedModel,
+    mixers: Mapping[int, nn.Module], reporter: Reporter,
+) -> Choice:  # fmt: skip
+    """The layers with the best scores; those of a killed run are not measured again."""
+    options, file = job.options, job.work / _SCORES
+    known = {int(index): score for index, score in json.loads(file.read_text("utf-8")).items()} if file.exists() else {}
+    number = to_convert(Parts(source).shape, options.to, options.keep, options.convert)
+    assert isinstance(number, int)
+    if options.select == "kl":
+        training = _short_training(options)
+        reporter.log.warning("select: kl trains %d times on %d tokens", len(mixers), options.kl_tokens)
+        for index in mixers:
+            if index not in known:
+                others = [other for other in mixers if other != index]
+                student = with_mixers(source, mixers, others, options.to, options.num_seen)
+                work = job.work / f"restore-{index}"
+                outcome = _train(student, teacher, (job.align_NT, job.held_NT), training, work, job.seed, reporter)
+                known[index] = [entry["eval_loss"] for entry in outcome.log if "eval_loss" in entry][-1]
+                _remember(file, known)
+                shutil.rmtree(work, ignore_errors=True)
+        return best_restored(known, number, job.held_NT.size)
+    if not known:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        place(shown, device)
+        held_NT = torch.from_numpy(job.held_NT).to(device)
+        batches = torch.split(held_NT, max(1, _NUM_BATCH_TOKENS // held_NT.shape[1]))
+        bf16 = uses_bf16(next((each.precision for each in options.trainings.values()), "auto"))
+        with (
+            reporter.progress("choosing layers", len(batches) * len(mixers)) as advance,
+            torch.autocast(device.type, torch.bfloat16, enabled=bf16),
+        ):
+            known = proxy_scores(Parts(shown), {i: mixer.to(device) for i, mixer in mixers.items()}, batches, advance)
+        _remember(file, known)
+    return least_moved(known, number, job.held_NT.size, has_logits=bool(Parts(shown).prefix))
+
+
+def _train(
+    student: PreTrainedModel, teacher: PreTrainedModel, ids: tuple[Ids, Ids], options: HybridTraining,
+    work: Path, seed: int, reporter: Reporter,
+) -> Outcome:  # fmt: skip
+    parts = Parts(student)
+    layers = layer_map(len(parts.layers), len(Parts(teacher).layers))
+    fitting = fitting_loss(options, has_logits=bool(parts.prefix))
+    rates = dict.fromkeys(new_parameters(student), options.mixer_learning_rate)
+    return recover(student, teacher, *ids, fitting, layers, work, seed, reporter, rates)
+
+
+def _short_training(options: ConvertAttention) -> HybridTraining:
+    """Training as for `distill`, shorter, and evaluated at the end."""
+    training = options.distill or HybridTraining.model_validate({})
+    changes = {"tokens": options.kl_tokens, "sequence_length": options.block_length, "early_stopping_patience": None}
+    short = training.model_copy(update=changes)
+    return short.model_copy(update={"eval_steps": short.num_steps})
+
+
+def _remember(file: Path, scores: Mapping[int, float]) -> None:
+    if not is_follower():
+        write_json(file, {str(index): score for index, score in scores.items()})
+
+
+def _fitting(teacher: PreTrainedModel, source: PreTrainedModel) -> PreTrainedModel:
+    """`teacher`, whose layers' attention the mixers of `source`, which has none, are to learn."""
+    theirs, ours = Parts(teacher).shape, Parts(source).shape
+    if (theirs.num_hidden_layers, theirs.hidden_size) != (ours.num_hidden_layers, ours.hidden_size):
+        what = "its layers are not those of the model, whose mixers are to be aligned with them"
+        raise StageFailed(TEACHER, what, "name the model that was converted first, or set align: null")
+    return teacher

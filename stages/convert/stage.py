@@ -1,0 +1,194 @@
+"""`convert-attention`: linear-time mixers in place of the softmax attention of some layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
+
+from compress.artifact import Format, Metrics
+from compress.errors import Problem
+from compress.models.anatomy import ModelShape
+from compress.models.layer_choice import Layers, LayersOrNone
+from compress.stage import SOURCE, Ref, Stage, StageContext
+from compress.stages.convert.layers import (
+    To,
+    at_random,
+    candidates,
+    converted_shape,
+    evenly,
+    impossible,
+    misnumbered,
+    to_convert,
+)
+from compress.train.options import AlignOptions, StepOptions, TrainingOptions
+
+TEACHER = "teacher"
+FIGURES = ("num_softmax_layers", "state_mb", "kv_cache_mb@4096")
+WINDOW = 128
+
+
+class HybridTraining(TrainingOptions):
+    """Training of a model with mixers."""
+
+    mixer_learning_rate: float = Field(
+        1e-3, gt=0, le=1, description="peak learning rate of what mixers have beside the attention's own projections"
+    )
+
+
+_ALIGN, _TRAINING = AlignOptions.model_validate({}), HybridTraining.model_validate({})
+
+
+class ConvertAttention(Stage):
+    """Gives layers mixers whose cost and memory do not grow with the text, made from the layers' own attention.
+
+    Every layer that can be converted gets a mixer with its attention's projections; all of them learn at once to give
+    what the attention gives (align); the layers that lose least by it are converted (select); the model that comes out
+    is brought back to its teacher (distill). A killed stage goes on from its last checkpoint. Where layers are
+    `linear` already, `to: mamba2` goes on from those, and starts by computing the same.
+    """
+
+    name: ClassVar[str] = "convert-attention"
+    summary: ClassVar[str] = "give layers linear attention, Mamba-2 or a sliding window in place of softmax attention"
+    accepts: ClassVar[frozenset[Format]] = frozenset({"torch"})
+    returns: ClassVar[Format] = "torch"
+    data: ClassVar[frozenset[Literal["train", "eval"]]] = frozenset({"train", "eval"})
+    seeded: ClassVar[bool] = True
+    example: ClassVar[Mapping[str, Any]] = {"to": "linear", "convert": 1}
+
+    to: To = Field(
+        description="linear: linear attention, normalised, with learned Hedgehog features; gated-linear: that with a "
+        "decay and a gate for each head; mamba2: that with a convolution, learned steps and decay, and a gate; "
+        "gated-delta: the gated delta rule; sliding: softmax over the last `window` tokens"
+    )
+    keep: LayersOrNone | None = Field(
+        None, description="layers that stay softmax: a number, a share (0.2) or a list of indices; left out: none"
+    )
+    convert: Layers | None = Field(None, description="layers to convert, in place of keep: a number, a share or a list")
+    select: Literal["kl-proxy", "kl", "uniform", "random", "explicit"] = Field(
+        "kl-proxy",
+        description="kl-proxy: convert those whose mixer, alone in the teacher, moves what it says least; kl: give one "
+        "layer of the converted model its softmax back, train a little, and keep those with the lowest loss: far "
+        "dearer; uniform: softmax layers evenly spaced; random: by the seed; explicit: keep or convert lists them",
+    )
+    window: int | None = Field(
+        None, ge=1, description=f"tokens that a `sliding` layer sees, itself included; {WINDOW} where left out"
+    )
+    init: Literal["attention", "random"] = Field(
+        "attention", description="what mixers begin with; random is a control that knows nothing of the attention"
+    )
+    teacher: str = Field(SOURCE, description="source, or the id of an earlier stage: what distill learns from")
+    align: AlignOptions | None = Field(_ALIGN, description="each mixer alone learns what its attention says; or null")
+    select_tokens: int = Field(2048, ge=1, description="tokens of the train split, set apart, that kl-proxy and kl use")
+    kl_tokens: int = Field(16_384, ge=1, description="tokens that `select: kl` trains on, for each layer")
+    distill: HybridTraining | None = Field(
+        _TRAINING, description="the whole model learns what its teacher says, as in the stage distill; or null"
+    )
+
+    @model_validator(mode="after")
+    def _fitting(self) -> Self:
+        if self.keep is not None and self.convert is not None:
+            raise ValueError("give either keep or convert")
+        if self.window is not None and self.to != "sliding":
+            raise ValueError(f"window is for `to: sliding`, and {self.to} has none: remove it")
+        listed = isinstance(self.keep, tuple) or isinstance(self.convert, tuple)
+        if self.select == "explicit" and not listed:
+            raise ValueError("select: explicit needs a list of layers: give keep or convert as a list")
+        if listed and self.select != "explicit" and "select" in self.model_fields_set:
+            raise ValueError("select has no say where the layers are listed: remove it, or give a number")
+        return self
+
+    def inputs(self) -> Mapping[str, Ref]:
+        """The teacher."""
+        return {TEACHER: Ref(self.teacher)}
+
+    def check(self, model: ModelShape) -> Iterator[Problem]:
+        """Whether the model has such layers, its attention can be carried over, and the text is long enough."""
+        wrong = list(impossible(model, self.to)) or list(misnumbered(model, self.to, self.keep, self.convert))
+        yield from wrong
+        for name, options in self.trainings.items():
+            for problem in options.problems(model):
+                yield replace(problem, where=f"{name}.{problem.where}")
+        if not wrong and self.preselected(model, 0) is None and self.select_tokens < self.block_length:
+            what = f"{self.select_tokens} tokens do not fill one block of {self.block_length}"
+            yield Problem("select_tokens", what, f"at least {self.block_length}")
+        if self.to == "sliding":
+            lengths = {f"{name}.sequence_length": each.sequence_length for name, each in self.trainings.items()}
+            for name, length in {"the model's positions": model.max_position_embeddings, **lengths}.items():
+                if self.num_seen >= length:
+                    what = f"{self.num_seen} tokens are no fewer than {name}, {length}: it would change nothing there"
+                    yield Problem("window", what, f"at most {length - 1}")
+
+    def shape(self, model: ModelShape) -> ModelShape:
+        """The model with mixers; in which of its layers is a guess where that is measured or drawn."""
+        known = None if self.select == "random" else self.preselected(model, 0)
+        return converted_shape(model, known or self._spread(model), self.to, guessed=known is None)
+
+    def weight_bytes(self, model: ModelShape, before: float) -> float:
+        """Every parameter in float32."""
+        return 4.0 * model.num_parameters
+
+    def forward_tokens(self, model: ModelShape) -> float:
+        """Those of the trainings and of the choice, which runs half of the layers, on average, for each candidate."""
+        tokens = sum(each.num_tokens for each in self.trainings.values())
+        each = {"kl": self.kl_tokens, "kl-proxy": self.select_tokens / 6}.get(self.select, 0)
+        return tokens + model.num_hidden_layers * each
+
+    def produces(self) -> Sequence[str]:
+        """How many layers attend with softmax, and what a sequence keeps in memory, in MB (1e6 bytes)."""
+        return FIGURES
+
+    def twin(self) -> Self:
+        """One layer converted, or all of them, in two steps of each training."""
+        every = self.convert is None and self.keep in (None, 0)
+        align = self.align and self.align.twin()
+        changes = {
+            "keep": None, "convert": None if every else 1, "window": 8 if self.to == "sliding" else None,
+            "select": "uniform" if self.select == "explicit" else self.select, "kl_tokens": 1,
+            "select_tokens": (align or _ALIGN).sequence_length, "align": align,
+            "distill": self.distill and self.distill.model_copy(update=self.distill.twin_options()),
+        }  # fmt: skip
+        return self.model_copy(update=changes)
+
+    def run(self, context: StageContext) -> Metrics:
+        """Convert, and write the model with the scores, losses and plots of how it came about."""
+        from compress.models.load import save_model
+        from compress.stages.convert.conversion import convert, prepare
+        from compress.stages.convert.record import metrics, write_records
+        from compress.train.distributed import everywhere
+
+        conversion = everywhere(convert, prepare(self, context), context.reporter)
+        save_model(conversion.model, context.input.path, context.out)
+        write_records(self, conversion, context)
+        return metrics(conversion, context)
+
+    @property
+    def trainings(self) -> Mapping[str, StepOptions]:
+        """The trainings that are asked for, by option."""
+        both = {"align": self.align, "distill": self.distill}
+        return {name: options for name, options in both.items() if options is not None}
+
+    @property
+    def block_length(self) -> int:
+        """Tokens of a block that is aligned or judged on."""
+        return (self.align or _ALIGN).sequence_length
+
+    @property
+    def num_seen(self) -> int:
+        """Tokens that a `sliding` layer sees."""
+        return self.window or WINDOW
+
+    def preselected(self, model: ModelShape, seed: int) -> list[int] | None:
+        """The layers to convert, where nothing has to be measured for it."""
+        chosen = to_convert(model, self.to, self.keep, self.convert)
+        if isinstance(chosen, list):
+            return chosen
+        if self.select == "random":
+            return at_random(candidates(model, self.to), chosen, seed)
+        return self._spread(model) if self.select == "uniform" else None
+
+    def _spread(self, model: ModelShape) -> list[int]:
+        free, chosen = candidates(model, self.to), to_convert(model, self.to, self.keep, self.convert)
+        return chosen if isinstance(chosen, list) else evenly(free, len(free) - chosen)
