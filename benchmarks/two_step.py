@@ -84,12 +84,13 @@ class Settings:
     hidden: int = 192
     vocabulary: int = 2048
     length: int = 256
-    batch: int = 8
+    batch: int = 4
     pairs: int = 32
     recall_words: int = 128
-    recall_share: float = 0.4
-    source_tokens: int = 2_000_000
+    recall_share: float = 0.3
+    source_tokens: int = 3_000_000
     source_rate: float = 2e-3
+    align_batch: int = 2
     align_rate: float = 1e-2
     rate: float = 1e-3
     precision: str = "bf16"
@@ -126,13 +127,9 @@ class Texts:
 
     addresses: str
 
-    def trained(self) -> TextData:
-        """Addresses: trained on, and judged on."""
-        return TextData(DataConfig(train=self._files(TRAIN), eval=self._files(JUDGE)))
-
-    def tuned(self) -> TextData:
-        """The addresses that choose the best weights, as its train split."""
-        return TextData(DataConfig(train=self._files(TUNE)))
+    def speeches(self, held_out: Sequence[str]) -> TextData:
+        """The addresses that are trained on, and those of the files `held_out`."""
+        return TextData(DataConfig(train=self._files(TRAIN), eval=self._files(held_out)))
 
     def other(self) -> TextData:
         """Python's documentation: what the source is trained on, and what is held out."""
@@ -155,12 +152,12 @@ def train_source(settings: Settings, texts: Texts, folder: Path) -> None:
     """Train the softmax model and write it, with its tokenizer, to `folder`, unless it is there."""
     if folder.exists():
         return
-    domains = [texts.trained(), texts.other()]
+    domains = [texts.speeches(JUDGE), texts.other()]
     documents = [text for data in domains for text in data.texts("train")]
     tokenizer = new_tokenizer(documents, settings.vocabulary)
     blocks = [data.blocks("train", tokenizer, settings.length) for data in domains]
     train_NT = settings.with_recall(np.concatenate(blocks), 1)
-    tune_NT = texts.tuned().blocks("train", tokenizer, settings.length, settings.judged_tokens)
+    tune_NT = texts.speeches(TUNE).blocks("eval", tokenizer, settings.length, settings.judged_tokens)
     torch.manual_seed(0)
     model = LlamaForCausalLM(
         LlamaConfig(
@@ -193,11 +190,11 @@ class Bench:
     def of(cls, settings: Settings, texts: Texts, folder: Path) -> Bench:
         """Tokenize the texts as the source in `folder` does."""
         tokenizer, length, judged = load_tokenizer(folder), settings.length, settings.judged_tokens
-        addresses = texts.trained()
+        addresses = texts.speeches(JUDGE)
         return cls(
             settings, folder,
             settings.with_recall(addresses.blocks("train", tokenizer, length), 2),
-            texts.tuned().blocks("train", tokenizer, length, judged),
+            texts.speeches(TUNE).blocks("eval", tokenizer, length, judged),
             {
                 "addresses since 2013": addresses.blocks("eval", tokenizer, length, judged),
                 PYTHON_DOCS: texts.other().blocks("eval", tokenizer, length, judged),
@@ -207,8 +204,10 @@ class Bench:
     def converted(self, method: Method, tokens: int, work: Path) -> PreTrainedModel:
         """The source as Mamba-2, made by two stages, each of which can be resumed."""
         settings, num_aligned = self.settings, round(method.align_share * tokens)
-        align = settings.training(num_aligned, settings.align_rate) if num_aligned else None
-        first = ConvertAttention.model_validate({"to": "linear", "align": align, "distill": None, "init": method.init})
+        align = settings.training(num_aligned, settings.align_rate) | {"batch_size": settings.align_batch}
+        first = ConvertAttention.model_validate(
+            {"to": "linear", "align": align if num_aligned else None, "distill": None, "init": method.init}
+        )
         linear = work / "linear"
         if not linear.exists():
             model = self._convert(first, self.folder, work / "first")

@@ -295,8 +295,13 @@ def _mixers(config: Mapping[str, Any], num_layers: int, where: str) -> tuple[Mix
 
 def _attention_features(config: Mapping[str, Any]) -> Iterator[str]:
     """What this attention does beside softmax over rotated (or plain) queries and keys of all tokens before."""
-    if config.get("alibi") or config.get("position_embedding_type") == "alibi":
+    positions = config.get("position_embedding_type", "absolute")
+    if config.get("alibi") or positions == "alibi":
         yield "ALiBi"
+    elif positions != "absolute":
+        yield f"position_embedding_type {positions}"
+    if str(config["model_type"]).endswith("bert") and config.get("is_decoder"):
+        yield "is_decoder, which hides the tokens to come"
     for key in ("attn_logit_softcapping", "attention_logit_softcapping", "attention_sinks", "num_attention_sinks"):
         if config.get(key):
             yield f"{key} {config[key]}"

@@ -15,6 +15,7 @@ import torch
 from compress.artifact import Artifact, Metrics
 from compress.stage import StageContext, Target
 from compress.stages.convert.stage import ConvertAttention
+from compress.train.distributed import follow, is_follower, release
 
 LENGTH = 16
 ALIGN: dict[str, Any] = {"tokens": 8 * 2 * LENGTH, "sequence_length": LENGTH, "precision": "fp32"}
@@ -53,7 +54,7 @@ def convert(folder: Path, source: Path, teacher: Path | None = None, seed: int =
 
 
 def main(mode: str, folder: str, source: str, options: str) -> None:
-    """Convert, and be killed with SIGKILL while the checkpoint of step 6 of the training `mode` is being written."""
+    """Convert. Where a training is named `mode`, be killed by SIGKILL while its checkpoint of step 6 is written."""
     save = torch.save
 
     def killed_while_saving(value: object, file: Any, *args: Any, **kwargs: Any) -> None:
@@ -67,4 +68,8 @@ def main(mode: str, folder: str, source: str, options: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    if is_follower():
+        follow()
+    else:
+        main(*sys.argv[1:])
+        release()

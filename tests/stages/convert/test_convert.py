@@ -117,6 +117,20 @@ def test_killed_it_ends_with_the_same_weights(mode: str, pico: Pico, tmp_path: P
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
 
 
+def test_two_processes_make_what_one_makes(pico: Pico, tmp_path: Path) -> None:
+    options = {**BASE, "keep": 2, "distill": DISTILL}
+    convert(tmp_path / "one", pico("llama"), **options)
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+        str(Path(__file__).with_name("converting.py")), "", str(tmp_path / "two"), str(pico("llama")),
+        json.dumps(options),
+    ]  # fmt: skip
+    launched = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert launched.returncode == 0, launched.stderr
+    one, two = (load_file(tmp_path / name / "out" / "model.safetensors") for name in ("one", "two"))
+    assert max((one[name] - two[name]).abs().max().item() for name in one) < 1e-3
+
+
 def test_what_is_aligned_on_is_not_judged_on(pico: Pico, tmp_path: Path) -> None:
     stage = ConvertAttention.model_validate({**BASE, "keep": 2})
     job = conversion.prepare(stage, context(tmp_path, pico("llama")))

@@ -75,6 +75,14 @@ def test_alignment_brings_the_embeddings_nearer(tmp_path: Path) -> None:
     assert cosines[1] > cosines[0] + 0.02
 
 
+@pytest.mark.parametrize("features", [{"is_decoder": True}, {"position_embedding_type": "relative_key"}])
+def test_attention_that_cannot_be_carried_over_is_refused_by_name(features: dict[str, Any]) -> None:
+    sizes = {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2, "vocab_size": 8}
+    stage = ConvertAttention.model_validate({"to": "linear"})
+    problems = list(stage.check(shape_of({"model_type": "bert", **sizes, **features})))
+    assert next(iter(features)) in problems[0].what
+
+
 @pytest.mark.parametrize("to", ["gated-linear", "mamba2", "gated-delta", "sliding"])
 def test_what_reads_in_one_direction_is_refused_by_name(tmp_path: Path, to: str) -> None:
     source = make_pico("bert", tmp_path, num_hidden_layers=3)
