@@ -39,7 +39,8 @@ def run(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_file_passes_check(file: Path, pico: Callable[[str], Path], tmp_path: Path) -> None:
     copy = tmp_path / file.name
-    copy.write_text(file.read_text("utf-8").replace("model: PICO", f"model: {pico('llama')}"), "utf-8")
+    text = file.read_text("utf-8").replace("model: PICO-bert", f"model: {pico('bert')}")
+    copy.write_text(text.replace("model: PICO", f"model: {pico('llama')}"), "utf-8")
     assert [str(problem) for problem in check_file(copy).problems] == []
 
 
