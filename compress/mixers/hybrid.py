@@ -42,8 +42,8 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .cache import HybridCache
 from .mixer import Mixer
+from .spec import FULL, LINEAR, SLIDING
 
-LINEAR, SLIDING, FULL = "linear_attention", "sliding_attention", "full_attention"
 MASKS: dict[str, Any] = {FULL: create_causal_mask, SLIDING: create_sliding_window_causal_mask}
 
 

@@ -15,7 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_
 from .conv import CausalConv
 from .features import FeatureMap
 from .scan import chunked, step
-from .spec import MixerSpec
+from .spec import EPSILON, MixerSpec
 
 HORIZONS = (512.0, 16.0)
 """Tokens after which a head starts to forget a 1/e-th: the first head's and the last one's, geometric in between."""
@@ -108,7 +108,7 @@ class Mixer(nn.Module):
             log_decay_BTG = None if log_decay_BTG is None else log_decay_BTG * valid_BT.unsqueeze(-1)
             beta_BTG = None if beta_BTG is None else beta_BTG * valid_BT.unsqueeze(-1)
         y_BTHV = self._scan(q, k, v, log_decay_BTG, beta_BTG, past_key_values, segment_start_BT)
-        y_BTHD = y_BTHV[..., :-1] / (y_BTHV[..., -1:] + 1e-6) if self.spec.normalised else self.norm(y_BTHV)
+        y_BTHD = y_BTHV[..., :-1] / (y_BTHV[..., -1:] + EPSILON) if self.spec.normalised else self.norm(y_BTHV)
         if self.spec.gate:
             y_BTHD = y_BTHD * 2 * torch.sigmoid(self.g_proj(hidden_states).float()).unsqueeze(-1)
         return self.o_proj(y_BTHD.flatten(2).to(hidden_states.dtype)), None

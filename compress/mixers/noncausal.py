@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from .features import FeatureMap
-from .spec import MixerSpec
+from .spec import EPSILON, MixerSpec
 
 
 class NonCausalMixer(nn.Module):
@@ -56,5 +56,5 @@ class NonCausalMixer(nn.Module):
         state_BHKD = torch.einsum("bthk,bthd->bhkd", k_BTHK, v_BTHD)
         num_BTHD = torch.einsum("bthk,bhkd->bthd", q_BTHK, state_BHKD)
         den_BTH = torch.einsum("bthk,bhk->bth", q_BTHK, k_BTHK.sum(1))
-        y_BTHD = num_BTHD / (den_BTH + 1e-6).unsqueeze(-1)
+        y_BTHD = num_BTHD / (den_BTH + EPSILON).unsqueeze(-1)
         return y_BTHD.flatten(2).to(hidden_states.dtype), None

@@ -13,6 +13,10 @@ MixerType = Literal["linear", "gated-linear", "mamba2", "gated-delta"]
 FeatureMap = Literal["hedgehog", "softmax", "l2"]
 UpdateRule = Literal["linear", "gated", "delta", "gated_delta"]
 """ONNX's names of the four recurrences, as its `LinearAttention` has them."""
+FULL, SLIDING, LINEAR = "full_attention", "sliding_attention", "linear_attention"
+"""Transformers' names in `layer_types`: softmax over all tokens, over a window, and a mixer."""
+EPSILON = 1e-6
+"""What is added to the normaliser's denominator, in torch and in the export alike."""
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from compress.errors import InvalidInput
 from compress.mixers import hybrid, hybrid_bert
-from compress.mixers.hybrid import FULL, LINEAR, SLIDING
 from compress.mixers.mixer import Mixer
 from compress.mixers.noncausal import NonCausalMixer
-from compress.mixers.spec import MixerSpec
+from compress.mixers.spec import FULL, LINEAR, SLIDING, MixerSpec
 
 PREFIX = "Hybrid"
 

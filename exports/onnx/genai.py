@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from compress.exports.onnx.weights import Model
+from compress.mixers.spec import FULL, LINEAR
 from compress.models.anatomy import HYBRID
 
 GENERIC_TYPE = "decoder"
@@ -38,7 +39,7 @@ def genai_config(model: Model, generation: Mapping[str, Any], threads: int) -> d
         },
     }  # fmt: skip
     if any(model.mixers):
-        decoder["layer_types"] = ["linear_attention" if spec else "full_attention" for spec in model.mixers]
+        decoder["layer_types"] = [LINEAR if spec else FULL for spec in model.mixers]
         for when, names in (("past", decoder["inputs"]), ("present", decoder["outputs"])):
             names |= {f"{when}_{state}_names": f"{when}.%d.{state}" for state in ("conv", "recurrent")}
     length, model_type = shape.max_position_embeddings, shape.model_type.removeprefix(HYBRID)

@@ -15,10 +15,7 @@ from compress.exports.onnx.blocks import Blocks
 from compress.exports.onnx.features import Rotary, features
 from compress.exports.onnx.recurrence import causal_conv, linear_attention
 from compress.exports.onnx.weights import Model
-from compress.mixers.spec import MixerSpec
-
-EPSILON = 1e-6
-"""What is added to the denominator."""
+from compress.mixers.spec import EPSILON, MixerSpec
 
 
 @dataclass(frozen=True)

@@ -17,13 +17,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compress.artifact import write_json
 from compress.errors import StageFailed
+from compress.mixers.spec import FULL
 from compress.models.anatomy import shape_of
 from compress.models.load import load_model, load_tokenizer
 from compress.models.parts import Parts
 from compress.stage import Reporter, StageContext
 from compress.stages.convert.choose import Choice, best_restored, least_moved, proxy_scores
 from compress.stages.convert.init import forget_attention, new_mixers, new_parameters, windowed, with_mixers
-from compress.stages.convert.layers import FULL, candidates, kinds, to_convert
+from compress.stages.convert.layers import candidates, kinds, to_convert
 from compress.stages.convert.stage import TEACHER, ConvertAttention, HybridTraining
 from compress.train.align import Aligned, align
 from compress.train.distributed import is_follower

@@ -8,13 +8,12 @@ from dataclasses import replace
 from typing import Literal
 
 from compress.errors import Problem
-from compress.mixers.spec import SPECS
+from compress.mixers.spec import FULL, LINEAR, SLIDING, SPECS
 from compress.models.anatomy import HYBRID, ModelShape
 from compress.models.layer_choice import count
 
 To = Literal["linear", "gated-linear", "mamba2", "gated-delta", "sliding"]
 Asked = int | float | tuple[int, ...]
-FULL, SLIDING, LINEAR = "full_attention", "sliding_attention", "linear_attention"
 _FOLLOWS = {"mamba2": "linear"}
 """Mixers that go on from another one: the second step of Attention to Mamba."""
 

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from compress.artifact import Metrics, write_json
+from compress.mixers.spec import FULL, SLIDING
 from compress.models.anatomy import shape_of
 from compress.stage import StageContext
 from compress.stages.convert.conversion import DISTILL, Conversion
-from compress.stages.convert.layers import FULL, SLIDING, kinds
+from compress.stages.convert.layers import kinds
 from compress.stages.convert.plot import plot_alignment, plot_scores
 from compress.stages.convert.stage import ConvertAttention
 from compress.train.record import write_record
