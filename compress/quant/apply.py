@@ -1,25 +1,26 @@
-"""Quantises a whole model: plain rounding, or layer by layer on calibration text."""
+"""Quantises a whole model in place: rounded to nearest, or layer by layer on calibration text."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
-from typing import Literal, cast
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from compress.errors import CompressError
 from compress.models.parts import Parts
-from compress.quant.calibrate import LayerWalk, Moments, RoundingErrors
+from compress.quant.calibrate import LayerWalk, Moments, Range, RoundingErrors
 from compress.quant.modules import set_weight, weight_of
+from compress.quant.options import QuantizeOptions
 from compress.quant.qtensor import QTensor
+from compress.quant.ranges import InputRanges
+from compress.quant.scaling import Fold, Magnitudes, awq_factors, folds, smoothquant_factors, unfolded
 from compress.quant.schemes import W8_BLOCK32, Scheme, quantize
 from compress.quant.search import gptq, output_error, search_scales
 from compress.quant.targets import WeightTarget, layer_targets, table_targets
 
-Search = Literal["none", "output", "gptq"]
-WeightOnly = Literal["auto"] | Collection[str]
-"""Projections whose activations a dynamic scheme must not round: by the ends of their paths, or found on the text."""
 OUTLIER_ERROR = 0.01
 """Rounding activations per tensor may change a projection's output by this, as a share of its mean square per token."""
 
@@ -28,109 +29,154 @@ OUTLIER_ERROR = 0.01
 class Quantized:
     """tensors: by weight name. errors: each one's mean square error, relative: of its output on the calibration text,
     or of the weight itself where there was none. rounding: what rounding the activations alone does to a projection's
-    output, by weight name. weight_only: the projections that the dynamic scheme was not used for.
+    output, by weight name. spared: the projections that got block-wise weights for it. smoothing: the exponent that
+    scaled a projection's input, by weight name. unscaled: the paths of those whose input can't be scaled. latents:
+    float32 weights (N, K) before rounding and after scaling, by name, where they were to be kept.
     """
 
     tensors: dict[str, QTensor] = field(default_factory=dict)
     errors: dict[str, float] = field(default_factory=dict)
     rounding: dict[str, float] = field(default_factory=dict)
-    weight_only: list[str] = field(default_factory=list)
-
-    def add(self, target: WeightTarget, qtensor: QTensor, moment_KK: Tensor | None) -> None:
-        """Note `qtensor`, and put the weight that it stands for into the model."""
-        weight_NK = weight_of(target.module)
-        self.tensors[target.name] = qtensor
-        self.errors[target.name] = output_error(weight_NK, qtensor, moment_KK)
-        set_weight(target.module, qtensor.dequantize())
-
-    def choose(self, target: WeightTarget, weight_only: WeightOnly) -> Scheme:
-        """The scheme that `target` gets."""
-        if not target.scheme.dynamic:
-            return target.scheme
-        if weight_only == "auto":
-            spared = self.rounding.get(target.name, 0.0) > OUTLIER_ERROR
-        else:
-            spared = target.name.removesuffix(".weight").endswith(tuple(weight_only)) if weight_only else False
-        if spared:
-            self.weight_only.append(target.name)
-        return W8_BLOCK32 if spared else target.scheme
+    spared: list[str] = field(default_factory=list)
+    smoothing: dict[str, float] = field(default_factory=dict)
+    unscaled: list[str] = field(default_factory=list)
+    latents: dict[str, Tensor] = field(default_factory=dict)
 
 
-def round_model(parts: Parts, scheme: Scheme, weight_only: WeightOnly = ()) -> Quantized:
-    """Round every target to the nearest in place; needs no text."""
-    result = Quantized()
-    layers = [target for index in range(len(parts.layers)) for target in layer_targets(parts, index, scheme)]
-    for target in (*layers, *table_targets(parts, scheme)):
-        weight_NK, own = weight_of(target.module), result.choose(target, weight_only)
-        result.add(target, quantize(weight_NK, own), None)
-    return result
-
-
-def calibrate_model(
-    parts: Parts, scheme: Scheme, search: Search, ids_BT: Tensor, weight_only: WeightOnly = "auto",
-    advance: Callable[[], None] = lambda: None,
+def quantize_model(
+    parts: Parts, options: QuantizeOptions, ids_BT: Tensor | None = None, advance: Callable[[], None] = lambda: None,
+    *, keep_latents: bool = False,
 ) -> Quantized:  # fmt: skip
-    """Quantise every target in place, one layer after another on the text `ids_BT` (blocks of token ids).
+    """Quantise every target of `parts.model`, which is left with the weights that the codes stand for.
 
-    Each layer is fitted to what the float layers before it hand on: handing on what the quantised ones make takes a
-    second pass and gains nothing that can be measured (benchmarks/results/int4-search_smollm2-135m.md). Peak memory
-    beside the model: the text's hidden states and one layer's moments.
+    ids_BT: blocks of token ids, of one length; needed where `options.needs_text`. Each layer is fitted to what the
+    float layers before it hand on: handing on what the quantised ones make takes a second pass and gains nothing that
+    can be measured (benchmarks/results/int4-search_smollm2-135m.md). Peak memory beside the model: the text's hidden
+    states and one layer's moments. Raises CompressError for missing text and for activations that are not finite.
     """
-    result = Quantized()
-    walk = LayerWalk(parts, ids_BT)
+    if ids_BT is None and options.needs_text:
+        raise CompressError("quantize", f"{options.scheme} by these options is fitted on text", "give it text")
+    walk = LayerWalk(parts, ids_BT) if ids_BT is not None and options.needs_text else None
+    work = _Work(parts, options, walk, keep_latents)
     for index in range(len(parts.layers)):
-        targets = list(layer_targets(parts, index, scheme))
-        modules = {target.module: target for target in targets}
-        moments, rounding = Moments(), RoundingErrors(scheme)
-        with moments.watching(list(modules)), rounding.watching(list(modules) if scheme.dynamic else []):
-            walk.step(index)
-        result.rounding |= {target.name: rounding[module] for module, target in modules.items() if scheme.dynamic}
-        for group in moments.groups():
-            _fit_group([modules[module] for module in group], moments[group[0]], search, weight_only, result)
+        work.layer(index)
         advance()
-    for target in table_targets(parts, scheme):
-        moment_KK = _head_moment(parts, walk.hidden) if _feeds_head(parts, target) else None
-        result.add(target, find(weight_of(target.module), target.scheme, search, moment_KK), moment_KK)
-    return result
+    work.tables()
+    return work.result
 
 
-def find(weight_NK: Tensor, scheme: Scheme, search: Search, moment_KK: Tensor | None = None) -> QTensor:
-    """Codes and scales by `search`; without a moment of the inputs (K, K), scales of the weights' least error."""
-    if search == "none":
-        return quantize(weight_NK, scheme)
-    if moment_KK is None:
-        return quantize(weight_NK, scheme, search_scales(weight_NK, scheme))
-    if search == "output":
-        return quantize(weight_NK, scheme, search_scales(weight_NK, scheme, moment_KK.diagonal()))
-    return gptq(weight_NK, scheme, moment_KK)
+class _Work:
+    """One model on its way through `quantize_model`."""
 
+    def __init__(self, parts: Parts, options: QuantizeOptions, walk: LayerWalk | None, keep_latents: bool) -> None:
+        self.parts, self.options, self.walk, self.keep_latents = parts, options, walk, keep_latents
+        self.result = Quantized(unscaled=unfolded(parts) if options.scaling != "none" else [])
 
-def _fit_group(
-    targets: Sequence[WeightTarget], moment_KK: Tensor, search: Search, weight_only: WeightOnly, result: Quantized
-) -> None:
-    """Targets that share an input, fitted as one matrix where they share a scheme: rows do not touch each other."""
-    by_scheme: dict[Scheme, list[WeightTarget]] = {}
-    for target in targets:
-        by_scheme.setdefault(result.choose(target, weight_only), []).append(target)
-    for scheme, members in by_scheme.items():
-        weights = [weight_of(target.module) for target in members]
-        whole = find(torch.cat(weights), scheme, search, moment_KK)
-        for target, part in zip(members, whole.split([len(weight) for weight in weights]), strict=True):
-            result.add(target, part, moment_KK)
+    def layer(self, index: int) -> None:
+        """Quantise the projections of the next layer."""
+        targets = list(layer_targets(self.parts, index, self.options.choice))
+        if self.walk is None:
+            for target in targets:
+                self._fit([target], None, None)
+            return
+        modules = {target.module: target for target in targets}
+        if self.options.scaling != "none":
+            self._scale(self.walk, index, modules)
+        ranges = self._ranges(self.walk, index, [target.module for target in targets if target.scheme.static])
+        rounded = {module: target.scheme for module, target in modules.items() if not target.scheme.blockwise}
+        moments, rounding = Moments(), RoundingErrors(rounded, ranges)
+        with moments.watching(list(modules)), rounding.watching():
+            self.walk.step(index)
+        self.result.rounding |= {modules[module].name: rounding[module] for module in rounded}
+        for group in moments.groups():
+            by_scheme: dict[Scheme, list[WeightTarget]] = {}
+            for target in map(self._spared, (modules[module] for module in group)):
+                by_scheme.setdefault(target.scheme, []).append(target)
+            for members in by_scheme.values():
+                self._fit(members, moments[group[0]], ranges.get(members[0].module))
+
+    def tables(self) -> None:
+        """Quantise the embedding and the output head."""
+        for target in table_targets(self.parts, self.options.choice):
+            if self.walk is None or not _feeds_head(self.parts, target):
+                self._fit([target], None, None)
+                continue
+            moments, ranges = Moments(), InputRanges(self.options.ranges)
+            norm, probe = cast(nn.Module, self.parts.backbone_module(self.parts.family.final_norm)), nn.Identity()
+            with torch.no_grad(), moments.watching([probe]), ranges.watching([probe] if target.scheme.static else []):
+                for hidden_BTD in self.walk.hidden:
+                    probe(norm(hidden_BTD))
+            self._fit([target], moments[probe], ranges[probe] if target.scheme.static else None)
+
+    def _scale(self, walk: LayerWalk, index: int, modules: dict[nn.Module, WeightTarget]) -> None:
+        """Fold factors of input channels into the layer."""
+        magnitudes, moments = Magnitudes(), Moments()
+        awq = self.options.scaling == "awq"
+        with magnitudes.watching(list(modules)), moments.watching(list(modules) if awq else []):
+            walk.look(index)
+        for fold in folds(self.parts, index):
+            readers = [modules[reader] for reader in fold.readers if reader in modules]
+            if any(target.scheme.blockwise == awq for target in readers):
+                self._fold(fold, readers, magnitudes, moments)
+
+    def _fold(self, fold: Fold, readers: list[WeightTarget], magnitudes: Magnitudes, moments: Moments) -> None:
+        first, weights = readers[0].module, [weight_of(target.module) for target in readers]
+        if self.options.scaling == "awq":
+            mean_K = fold.tied(magnitudes.mean(first), "mean")
+            factor_K, alpha = awq_factors(mean_K, weights, [target.scheme for target in readers], moments[first])
+        else:
+            largest_K, alpha = fold.tied(magnitudes.largest(first), "amax"), self.options.smoothing
+            factor_K = fold.tied(smoothquant_factors(largest_K, weights, alpha), "amax")
+        fold.apply(factor_K)
+        self.result.smoothing |= {target.name: alpha for target in readers}
+
+    def _ranges(self, walk: LayerWalk, index: int, modules: list[nn.Module]) -> dict[nn.Module, Range]:
+        if not modules:
+            return {}
+        ranges = InputRanges(self.options.ranges)
+        with ranges.watching(modules):
+            walk.look(index)
+        return {module: ranges[module] for module in modules}
+
+    def _spared(self, target: WeightTarget) -> WeightTarget:
+        """`target` as it is, or with block-wise weights where rounded activations would ruin it."""
+        error = self.result.rounding.get(target.name, 0.0)
+        if not self.options.finds_exceptions or error <= OUTLIER_ERROR:
+            return target
+        self.result.spared.append(target.name)
+        return replace(target, scheme=W8_BLOCK32)
+
+    def _fit(self, targets: Sequence[WeightTarget], moment_KK: Tensor | None, input_range: Range | None) -> None:
+        """Targets that share an input and a scheme, fitted as one matrix: rows do not touch each other."""
+        weights, scheme = [weight_of(target.module) for target in targets], targets[0].scheme
+        for target, weight_NK in zip(targets, weights, strict=True):
+            if not weight_NK.isfinite().all():
+                raise CompressError(target.name, "has values that are NaN or infinite", "fetch or train it again")
+        whole = self._codes(torch.cat(weights), scheme, moment_KK)
+        parts = whole.split([len(weight_NK) for weight_NK in weights])
+        if scheme.static and input_range is not None:  # clones: each is stored on its own
+            scale, zero_point = input_range
+            parts = [replace(p, input_scale=scale.clone(), input_zero_point=zero_point.clone()) for p in parts]
+        for target, weight_NK, part in zip(targets, weights, parts, strict=True):
+            rounded_NK = part.dequantize()
+            self.result.tensors[target.name] = part
+            self.result.errors[target.name] = output_error(weight_NK, rounded_NK, moment_KK)
+            if self.keep_latents:
+                self.result.latents[target.name] = weight_NK.clone()
+            set_weight(target.module, rounded_NK)
+
+    def _codes(self, weight_NK: Tensor, scheme: Scheme, moment_KK: Tensor | None) -> QTensor:
+        """Codes and scales by the method; without a moment of the inputs (K, K), those of the weights' least error."""
+        if self.options.method == "rtn":
+            return quantize(weight_NK, scheme)
+        if moment_KK is None:
+            return search_scales(weight_NK, scheme)
+        if self.options.method == "search":
+            return search_scales(weight_NK, scheme, moment_KK.diagonal())
+        return gptq(weight_NK, scheme, moment_KK, act_order=self.options.act_order)
 
 
 def _feeds_head(parts: Parts, target: WeightTarget) -> bool:
     """Whether `target` is the weight of a decoder's output head, be it the embedding's too."""
     head = parts.lm_head
     return head is not None and cast(Tensor, head.weight) is cast(Tensor, target.module.weight)
-
-
-def _head_moment(parts: Parts, hidden: Sequence[Tensor]) -> Tensor:
-    """E[x xᵀ] (hidden, hidden) of the final norm's output."""
-    norm = cast(nn.Module, parts.backbone_module(parts.family.final_norm))
-    moments = Moments()
-    probe = nn.Identity()
-    with torch.no_grad(), moments.watching([probe]):
-        for hidden_BTD in hidden:
-            probe(norm(hidden_BTD))
-    return moments[probe]

@@ -14,7 +14,7 @@ from compress.quant.schemes import round_activations
 
 
 class QuantLinear(nn.Module):
-    """`MatMulNBits`, or `MatMulInteger` behind `DynamicQuantizeLinear`: x (…, K) → (…, N)."""
+    """`MatMulNBits`, or `MatMulInteger` behind `DynamicQuantizeLinear` or `QuantizeLinear`: x (…, K) → (…, N)."""
 
     weight: Tensor
 
@@ -25,7 +25,8 @@ class QuantLinear(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        rounded = round_activations(x, self.qtensor.scheme, accuracy_level=self.accuracy_level)
+        own = self.qtensor
+        rounded = round_activations(x, own.scheme, accuracy_level=self.accuracy_level, input_range=own.input_range)
         return functional.linear(rounded, self.weight, self.bias)
 
 
@@ -54,10 +55,10 @@ def replace_modules(model: nn.Module, tensors: Mapping[str, QTensor], accuracy_l
         module = model.get_submodule(path)
         if isinstance(module, nn.Embedding):
             if head and cast(Any, head[1]).weight is module.weight:
-                _exchange(model, head[0], QuantLinear(qtensor, cast(Any, head[1]).bias, accuracy_level))
-            _exchange(model, path, QuantEmbedding(qtensor))
+                exchange(model, head[0], QuantLinear(qtensor, cast(Any, head[1]).bias, accuracy_level))
+            exchange(model, path, QuantEmbedding(qtensor))
         else:
-            _exchange(model, path, QuantLinear(qtensor, cast(Any, module).bias, accuracy_level))
+            exchange(model, path, QuantLinear(qtensor, cast(Any, module).bias, accuracy_level))
 
 
 def output_head(model: nn.Module) -> tuple[str, nn.Module] | None:
@@ -66,7 +67,8 @@ def output_head(model: nn.Module) -> tuple[str, nn.Module] | None:
     return next(((path, module) for path, module in model.named_modules() if module is head), None) if head else None
 
 
-def _exchange(model: nn.Module, path: str, module: nn.Module) -> None:
+def exchange(model: nn.Module, path: str, module: nn.Module) -> None:
+    """Put `module` in place of the one at `path`, in the same mode (training or not) as the model."""
     parent, _, leaf = path.rpartition(".")
     setattr(model.get_submodule(parent), leaf, module.train(model.training))
 

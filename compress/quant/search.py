@@ -1,7 +1,7 @@
 """Scales and codes with the least error: of the weights, of the output, and with each error fed forward (GPTQ).
 
-All errors are tr(E H Eᵀ) with E = W − Ŵ (N, K) and H = E[x xᵀ] (K, K): the mean square of the output's error. `mse`
-takes H = 1, `output` its diagonal, `gptq` (Frantar et al. 2022, arXiv:2210.17323) all of it.
+All errors are tr(E H Eᵀ) with E = W − Ŵ (N, K) and H = E[x xᵀ] (K, K): the mean square of the output's error. `search`
+takes its diagonal, `gptq` (Frantar et al. 2022, arXiv:2210.17323) all of it.
 """
 
 from __future__ import annotations
@@ -9,100 +9,112 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from compress.quant.grid import search_grid
 from compress.quant.qtensor import QTensor
-from compress.quant.schemes import Scheme, round_to_nearest, to_blocks
+from compress.quant.schemes import Scheme, quantize
 
-CLIPS = (0.65, 0.70, 0.75, 0.80, 0.85, 0.90, 0.95, 1.0, 1.05, 1.10)
-"""Candidates: the block's extreme over the outermost code, times these."""
 SHRINKAGE = 0.3
 """Share of each correlation between channels that is not believed: a few thousand tokens of one text do not tell them
 exactly, and GPTQ fits to what they tell. Measured: benchmarks/results/int4-search_smollm2-135m.md."""
 DAMPING = 1e-3
-NUM_REFITS = 2
-CHUNK = 1 << 17
-"""Weights searched at a time: the working set stays in the processor's cache."""
+LAZY = 128
+"""Columns whose errors reach the columns far behind in one product (a multiple of every block size)."""
+ROWS = 8192
+"""Rows at a time: they do not touch each other, and a vocabulary of them would not fit in memory several times."""
 
 
-def search_scales(weight_NK: Tensor, scheme: Scheme, importance_K: Tensor | None = None) -> Tensor:
-    """Scales (N, K_blocks) of either sign with the least Σ importance·(w − ŵ)² in each block: never worse than
-    round-to-nearest. importance_K: per input channel, E[x²]; None counts all alike.
-    """
-    blocks = to_blocks(weight_NK.float(), scheme)
-    n, g, b = blocks.shape
-    ones = torch.ones(weight_NK.shape[1]) if importance_K is None else importance_K.float()
-    importance = to_blocks(ones[None], scheme).expand(n, g, b).reshape(-1, b)
-    start, _ = round_to_nearest(weight_NK, scheme)
-    rows = max(1, CHUNK // b)
-    x, weights, scales = (torch.split(each, rows) for each in (blocks.reshape(-1, b), importance, start.flatten()))
-    found = [_search_blocks(*part, scheme=scheme) for part in zip(x, weights, scales, strict=True)]
-    return torch.cat(found).reshape(n, g)
+def search_scales(weight_NK: Tensor, scheme: Scheme, importance_K: Tensor | None = None) -> QTensor:
+    """The codes nearest to the weights on the grid that `search_grid` finds for the same importance."""
+    return quantize(weight_NK, scheme, *search_grid(weight_NK, scheme, importance_K))
 
 
-def _search_blocks(x_RB: Tensor, importance_RB: Tensor, start_R: Tensor, scheme: Scheme) -> Tensor:
-    low, high = scheme.limits[0] - scheme.midpoint, scheme.limits[1] - scheme.midpoint
-    extreme = x_RB.gather(1, x_RB.abs().argmax(1, keepdim=True)).squeeze(1)
-    best, best_error = start_R, _error(x_RB, importance_RB, start_R, low, high)
-    bounds = (high,) if scheme.dynamic else (low, high)
-    for scale in (extreme * (clip / bound) for bound in bounds for clip in CLIPS):
-        best, best_error = _better(x_RB, importance_RB, scale, best, best_error, low, high)
-    for _ in range(NUM_REFITS):
-        codes = torch.round(x_RB / best[:, None]).clamp_(low, high)
-        weighted = importance_RB * codes
-        scale = (weighted * x_RB).sum(1) / (weighted * codes).sum(1)  # least squares
-        best, best_error = _better(x_RB, importance_RB, scale, best, best_error, low, high)
-    return best.abs() if scheme.dynamic else best
-
-
-def _better(
-    x_RB: Tensor, importance_RB: Tensor, scale_R: Tensor, best_R: Tensor, error_R: Tensor, low: int, high: int
-) -> tuple[Tensor, Tensor]:
-    scale_R = scale_R.where(scale_R.isfinite() & (scale_R != 0), best_R)
-    own_R = _error(x_RB, importance_RB, scale_R, low, high)
-    return scale_R.where(own_R < error_R, best_R), torch.minimum(own_R, error_R)
-
-
-def _error(x_RB: Tensor, importance_RB: Tensor, scale_R: Tensor, low: int, high: int) -> Tensor:
-    rounded = torch.round(x_RB / scale_R[:, None]).clamp_(low, high).mul_(scale_R[:, None])
-    return rounded.sub_(x_RB).square_().mul_(importance_RB).sum(1)
-
-
-def output_error(weight_NK: Tensor, qtensor: QTensor, moment_KK: Tensor | None) -> float:
+def output_error(weight_NK: Tensor, rounded_NK: Tensor, moment_KK: Tensor | None) -> float:
     """tr(E H Eᵀ) / tr(W H Wᵀ): the output's mean square error relative to the output's mean square.
 
     Without a moment, the weight's own: H = 1.
     """
-    error = weight_NK - qtensor.dequantize()
-    if moment_KK is None:
-        return (error.square().sum() / weight_NK.square().sum()).item()
-    return (((error @ moment_KK) * error).sum() / ((weight_NK @ moment_KK) * weight_NK).sum()).item()
+    return (_energy(weight_NK - rounded_NK, moment_KK) / _energy(weight_NK, moment_KK)).item()
 
 
-def gptq(weight_NK: Tensor, scheme: Scheme, moment_KK: Tensor, shrinkage: float = SHRINKAGE) -> QTensor:
+def gptq(
+    weight_NK: Tensor, scheme: Scheme, moment_KK: Tensor, *, act_order: bool = False, shrinkage: float = SHRINKAGE
+) -> QTensor:
     """Codes found one input channel after another, each one's error fed to those still open (GPTQ).
 
-    A block's scales are searched when it is reached, on weights that carry the errors so far, weighted as GPTQ weights
-    errors. shrinkage: from 0, `moment_KK` as it is, to 1, its diagonal alone, which feeds nothing forward.
+    A block's scale is searched when it is reached, on weights that carry the errors so far, weighted as GPTQ weights
+    errors. act_order: channels of large activations come first, while many are open to make good for them. Blocks must
+    stay where `MatMulNBits` has them, and the channels of one are reached at different times: so all scales are
+    searched beforehand, on the weights as they are ("static groups"). shrinkage: from 0, `moment_KK` as it is, to 1,
+    its diagonal alone, which feeds nothing forward.
     """
-    k = weight_NK.shape[1]
-    block = scheme.block_size or k
-    upper_KK = _inverse_factor(moment_KK, shrinkage)
-    importance_K = upper_KK.diagonal() ** -2
-    low, high = scheme.limits[0] - scheme.midpoint, scheme.limits[1] - scheme.midpoint
-    open_KN = weight_NK.float().T.contiguous()
-    codes_KN, scales = torch.empty_like(open_KN), []
-    for start in range(0, k, block):
-        stop = min(start + block, k)
-        scale_N = search_scales(open_KN[start:stop].T, scheme, importance_K[start:stop])[:, 0]
-        errors_BN = open_KN[start:stop]  # its rows turn from open weights into errors, one after another
-        for j in range(start, stop):
-            row_N = errors_BN[j - start]
-            codes_KN[j] = torch.round(row_N / scale_N).clamp_(low, high)
-            row_N.sub_(codes_KN[j] * scale_N).div_(upper_KK[j, j])
-            errors_BN[j - start + 1 :].addr_(upper_KK[j, j + 1 : stop], row_N, alpha=-1)
-        open_KN[stop:].addmm_(upper_KK[start:stop, stop:].T, errors_BN, alpha=-1)
-        scales.append(scale_N)
-    codes_NK = (codes_KN.T + scheme.midpoint).to(torch.int8 if scheme.dynamic else torch.uint8).contiguous()
-    return QTensor(codes_NK, torch.stack(scales, 1), None, scheme)
+    order_K = torch.arange(len(moment_KK))
+    if act_order:
+        order_K = moment_KK.diagonal().argsort(descending=True, stable=True)
+    upper_KK = _inverse_factor(moment_KK[order_K][:, order_K], shrinkage)
+    rows = torch.split(weight_NK, ROWS)
+    parts = [_Rows(rows_NK, scheme, upper_KK, order_K, act_order).quantise() for rows_NK in rows]
+    zero_points = [part.zero_point for part in parts if part.zero_point is not None]
+    codes_NK, scale_NG = torch.cat([part.codes for part in parts]), torch.cat([part.scale for part in parts])
+    return QTensor(codes_NK, scale_NG, torch.cat(zero_points) if zero_points else None, scheme)
+
+
+class _Rows:
+    """Some rows of a weight on their way through GPTQ. `upper_KK` and `open_KN` are in the order of `order_K`."""
+
+    def __init__(self, weight_NK: Tensor, scheme: Scheme, upper_KK: Tensor, order_K: Tensor, act_order: bool) -> None:
+        n, k = weight_NK.shape
+        self.scheme, self.upper_KK, self.order_K = scheme, upper_KK, order_K
+        self.block = scheme.block_size or k
+        self.open_KN = weight_NK.float().T[order_K].contiguous()
+        self.importance_K = upper_KK.diagonal() ** -2
+        self.scale_GN = torch.ones(scheme.num_blocks(k), n)
+        self.zero_GN = torch.full((len(self.scale_GN), n), float(scheme.midpoint))
+        self.searched = act_order
+        if act_order:
+            importance_K = torch.empty_like(self.importance_K)
+            importance_K[order_K] = self.importance_K
+            scale_NG, zero_NG = search_grid(weight_NK, scheme, importance_K)
+            self.scale_GN = scale_NG.T.contiguous()
+            self.zero_GN = self.zero_GN if zero_NG is None else zero_NG.T.float()
+
+    def quantise(self) -> QTensor:
+        k, n = self.open_KN.shape
+        codes_KN = torch.empty(k, n, dtype=torch.uint8 if self.scheme.blockwise else torch.int8)
+        for start in range(0, k, LAZY):
+            stop = min(start + LAZY, k)
+            errors_BN = self.open_KN[start:stop]  # its rows turn from open weights into errors, one after another
+            for j in range(start, stop):
+                if not self.searched and j % self.block == 0:
+                    self._search(j)
+                row_N = errors_BN[j - start]
+                codes_KN[self.order_K[j]] = self._round(row_N, int(self.order_K[j]) // self.block)
+                row_N.div_(self.upper_KK[j, j])
+                errors_BN[j - start + 1 :].addr_(self.upper_KK[j, j + 1 : stop], row_N, alpha=-1)
+            self.open_KN[stop:].addmm_(self.upper_KK[start:stop, stop:].T, errors_BN, alpha=-1)
+        zero_NG = None if self.scheme.symmetric else self.zero_GN.T.to(torch.uint8).contiguous()
+        return QTensor(codes_KN.T.contiguous(), self.scale_GN.T.contiguous(), zero_NG, self.scheme)
+
+    def _search(self, start: int) -> None:
+        """The grid of the block that begins at `start`, from its open weights."""
+        stop = start + self.block
+        scale_N1, zero_N1 = search_grid(self.open_KN[start:stop].T, self.scheme, self.importance_K[start:stop])
+        self.scale_GN[start // self.block] = scale_N1[:, 0]
+        if zero_N1 is not None:
+            self.zero_GN[start // self.block] = zero_N1[:, 0].float()
+
+    def _round(self, row_N: Tensor, block: int) -> Tensor:
+        """The codes of an open channel; the channel becomes its error."""
+        scale_N, zero_N = self.scale_GN[block], self.zero_GN[block]
+        codes_N = (torch.round(row_N / scale_N) + zero_N).clamp_(*self.scheme.limits)
+        row_N.sub_((codes_N - zero_N) * scale_N)
+        return codes_N.to(torch.uint8 if self.scheme.blockwise else torch.int8)
+
+
+def _energy(weight_NK: Tensor, moment_KK: Tensor | None) -> Tensor:
+    """tr(W H Wᵀ)."""
+    if moment_KK is None:
+        return weight_NK.square().sum()
+    return torch.stack([((rows_RK @ moment_KK) * rows_RK).sum() for rows_RK in torch.split(weight_NK, ROWS)]).sum()
 
 
 def _inverse_factor(moment_KK: Tensor, shrinkage: float) -> Tensor:

@@ -1,14 +1,16 @@
 """Artifacts of format `quantized`: a `save_pretrained` folder with codes, scales and zero points for some weights.
 
-`X.weight` becomes `X.weight.codes`, `X.weight.scales` and, where asymmetric, `X.weight.zero_points`, all as
-`QTensor.pack` lays them out and as (output, input) also where the model has it transposed (GPT-2). A head tied to a
-quantised embedding is not stored: the embedding's codes serve both. config.json keeps all that it had, but for the
-`auto_map` of code that is not copied, and gains
+`X.weight` becomes `X.weight.codes`, `X.weight.scales` and, where there are any, `X.weight.zero_points`,
+`X.weight.input_scale` and `X.weight.input_zero_point`, all as `QTensor.pack` lays them out and as (output, input) also
+where the model has it transposed (GPT-2). Weights that stay float32 lie there as they are. A head tied to a quantised
+embedding is not stored: the embedding's codes serve both. config.json keeps all that it had, but for the `auto_map` of
+code that is not copied, and gains
 
-    "quantization_config": {"quant_method": "compress", "scheme": NAME, "reduce_range": BOOL,
-                            "tensors": {"X.weight": {"scheme": OTHER, "in_features": K}}}
+    "quantization_config": {"quant_method": "compress", "scheme": NAME, "symmetric": BOOL, "reduce_range": BOOL,
+                            "tensors": {"X.weight": {"scheme": OTHER, "symmetric": BOOL, "in_features": K}}}
 
-where `tensors` names only what differs: another scheme, or a K that the padded codes do not tell.
+where `tensors` names only what differs: another scheme, zero points where the others have none (or none where they have
+some), or a K that the padded codes do not tell. `reduce_range` is that of all weights with int8 codes.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from compress.artifact import write_json
 from compress.errors import CompressError
 from compress.models.anatomy import family_of
 from compress.models.load import auto_class, carry
+from compress.quant import bnb
 from compress.quant.schemes import SCHEMES, Scheme
 
 if TYPE_CHECKING:
@@ -40,7 +43,8 @@ def save_quantized(
 ) -> None:
     """Write `model`, whose weights named in `tensors` are stored quantised, to `out`, with what travels of `origin`.
 
-    `scheme` is the one that most tensors have. `model` itself holds floats under the same names.
+    `scheme` is the one that most tensors have. `model` itself holds floats under the same names. Raises CompressError
+    for values that are NaN or infinite.
     """
     from safetensors.torch import save_file
 
@@ -54,11 +58,13 @@ def save_quantized(
             stored |= {f"{name}.{part}": value for part, value in tensors[name].pack().items()}
         else:
             stored[name] = tensor.contiguous()
+    _refuse_nan(stored, out)
     save_file(stored, out / WEIGHTS, metadata={"format": "pt"})
     config = json.loads((origin / "config.json").read_text("utf-8"))
     config.pop("auto_map", None)  # a hybrid model's own code, which only a plain folder carries
+    reduced = any(not tensor.scheme.blockwise and tensor.scheme.bits < 8 for tensor in tensors.values())
     config[KEY] = {
-        "quant_method": METHOD, "scheme": scheme.name, "reduce_range": scheme.dynamic and scheme.bits < 8,
+        "quant_method": METHOD, "scheme": scheme.name, "symmetric": scheme.symmetric, "reduce_range": reduced,
         "tensors": {name: own for name, tensor in tensors.items() if (own := _exceptions(tensor, scheme))},
     }  # fmt: skip
     write_json(out / "config.json", config)
@@ -68,12 +74,10 @@ def save_quantized(
 def read_quantized(folder: Path) -> tuple[dict[str, Any], dict[str, QTensor | Tensor]]:
     """`config.json` as it is, and every tensor by its name: QTensors under the names of the weights they stand for.
 
-    Raises CompressError for a folder that is no quantised model or a damaged one.
+    Raises CompressError for a folder that is no quantised model or a damaged one, and for NaN or infinite values.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
-
-    from compress.quant.qtensor import QTensor
 
     try:
         config = json.loads((folder / "config.json").read_text("utf-8"))
@@ -81,23 +85,37 @@ def read_quantized(folder: Path) -> tuple[dict[str, Any], dict[str, QTensor | Te
     except (OSError, ValueError, SafetensorError) as error:
         raise CompressError(str(folder), f"is no readable model: {error}", "run its stage again") from error
     declared = config.get(KEY) or {}
+    if declared.get("quant_method") == bnb.METHOD:
+        raise CompressError(str(folder), bnb.PYTORCH_ONLY, "quantize by another scheme, as w4-block32")
     if declared.get("quant_method") != METHOD or declared.get("scheme") not in SCHEMES:
         raise CompressError(str(folder / "config.json"), f"{KEY} names no scheme of compress", "quantize it first")
+    _refuse_nan(stored, folder)
     tensors: dict[str, QTensor | Tensor] = {}
     for name in sorted(stored):
         base, _, part = name.rpartition(".")
-        if part in ("scales", "zero_points") and f"{base}.codes" in stored:
-            continue
-        if part != "codes":
+        if part == "codes":
+            tensors[base] = _unpacked(stored, declared, base, folder)
+        elif f"{base}.codes" not in stored:
             tensors[name] = stored[name]
-            continue
-        parts = {p: stored[f"{base}.{p}"] for p in ("codes", "scales", "zero_points") if f"{base}.{p}" in stored}
-        scheme, k = _declared(declared, base, parts["codes"])
-        try:
-            tensors[base] = QTensor.unpack(parts, scheme, k)
-        except (ValueError, KeyError) as error:
-            raise CompressError(str(folder / WEIGHTS), f"{base}: {error}", "run its stage again") from error
     return config, tensors
+
+
+def _unpacked(stored: Mapping[str, Tensor], declared: Mapping[str, Any], name: str, folder: Path) -> QTensor:
+    from compress.quant.qtensor import PARTS, QTensor
+
+    parts = {part: stored[f"{name}.{part}"] for part in PARTS if f"{name}.{part}" in stored}
+    try:
+        scheme, k = _declared(declared, name, parts["codes"])
+        return QTensor.unpack(parts, scheme, k)
+    except (ValueError, KeyError) as error:
+        raise CompressError(str(folder / WEIGHTS), f"{name}: {error}", "run its stage again") from error
+
+
+def _refuse_nan(stored: Mapping[str, Tensor], folder: Path) -> None:
+    for name, tensor in stored.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            what = f"{name} has values that are NaN or infinite"
+            raise CompressError(str(folder / WEIGHTS), what, "look where they come from: the model, a scale, training")
 
 
 def load_quantized_model(folder: Path, *, accuracy_level: int = 0) -> PreTrainedModel:
@@ -134,15 +152,24 @@ def load_quantized_model(folder: Path, *, accuracy_level: int = 0) -> PreTrained
 
 def _exceptions(tensor: QTensor, scheme: Scheme) -> dict[str, Any]:
     k, own = tensor.shape[1], tensor.scheme
-    padded = own.block_size and k % own.block_size
-    return {**({"scheme": own.name} if own.name != scheme.name else {}), **({"in_features": k} if padded else {})}
+    found: dict[str, Any] = {}
+    if own.name != scheme.name:
+        found["scheme"] = own.name
+    if own.symmetric != scheme.symmetric:
+        found["symmetric"] = own.symmetric
+    if own.blockwise and k % own.block_size:
+        found["in_features"] = k
+    return found
 
 
 def _declared(declared: Mapping[str, Any], name: str, codes: Tensor) -> tuple[Scheme, int]:
+    """The scheme of a weight and its number of input channels. Raises KeyError or ValueError for unknown ones."""
     own = declared.get("tensors", {}).get(name, {})
     scheme = SCHEMES[own.get("scheme", declared["scheme"])]
-    if scheme.dynamic:
+    if not scheme.blockwise:
         return (scheme.reduced if declared.get("reduce_range") else scheme), codes.shape[1]
+    if not own.get("symmetric", declared.get("symmetric", True)):
+        scheme = scheme.asymmetric
     return scheme, own.get("in_features", codes.shape[1] * scheme.block_size)
 
 

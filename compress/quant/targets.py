@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 from torch import nn
 
 from compress.models.parts import Parts
+from compress.quant.choice import SchemeChoice
 from compress.quant.modules import output_head
-from compress.quant.schemes import W8_BLOCK32, Scheme
-
-Role = Literal["projection", "embedding", "head"]
+from compress.quant.schemes import Role, Scheme
 
 
 @dataclass(frozen=True)
@@ -25,29 +24,32 @@ class WeightTarget:
     scheme: Scheme
 
 
-def layer_targets(parts: Parts, index: int, scheme: Scheme) -> Iterator[WeightTarget]:
-    """Every projection of layer `index`."""
+def layer_targets(parts: Parts, index: int, choice: SchemeChoice) -> Iterator[WeightTarget]:
+    """Every projection of layer `index` that does not stay float32."""
     for path, module in parts.projections(parts.layers[index]):
-        yield WeightTarget(f"{parts.layer_path(index)}.{path}.weight", module, "projection", scheme)
+        name = f"{parts.layer_path(index)}.{path}.weight"
+        if scheme := choice.of(name, "projection"):
+            yield WeightTarget(name, module, "projection", scheme)
 
 
-def table_targets(parts: Parts, scheme: Scheme) -> Iterator[WeightTarget]:
-    """The token embedding, and the output head where it has weights of its own.
+def table_targets(parts: Parts, choice: SchemeChoice) -> Iterator[WeightTarget]:
+    """The token embedding, and the output head where it has weights of its own, unless they stay float32.
 
-    An embedding can only be gathered block-wise, by a scheme whose blocks fill its rows: beside `w8-dynamic` it gets
-    `w8-block32`, with a head that is tied to it.
+    An embedding is gathered by blocks that fill its rows: it gets the largest such block, up to its scheme's own.
     """
     embedding = cast(Any, parts.backbone_module(parts.family.token_embedding))
-    hidden_size = embedding.weight.shape[1]
-    blockwise = W8_BLOCK32 if scheme.dynamic else scheme
-    if hidden_size % blockwise.block_size == 0:
-        yield WeightTarget(f"{parts.prefix}{parts.family.token_embedding}.weight", embedding, "embedding", blockwise)
+    name = f"{parts.prefix}{parts.family.token_embedding}.weight"
+    scheme = choice.of(name, "embedding")
+    if scheme and (fitting := scheme.filling(embedding.weight.shape[1])):
+        yield WeightTarget(name, embedding, "embedding", fitting)
     head = output_head(parts.model)
     if head and cast(Any, head[1]).weight is not embedding.weight:
-        yield WeightTarget(f"{head[0]}.weight", head[1], "head", scheme)
+        name = f"{head[0]}.weight"
+        if scheme := choice.of(name, "head"):
+            yield WeightTarget(name, head[1], "head", scheme)
 
 
-def all_targets(parts: Parts, scheme: Scheme) -> list[WeightTarget]:
-    """Every weight that `scheme` quantises; norms, biases, positions, poolers and classifiers stay float32."""
-    layers = [target for index in range(len(parts.layers)) for target in layer_targets(parts, index, scheme)]
-    return [*layers, *table_targets(parts, scheme)]
+def all_targets(parts: Parts, choice: SchemeChoice) -> list[WeightTarget]:
+    """Every weight that `choice` quantises; norms, biases, positions, poolers and classifiers stay float32."""
+    layers = [target for index in range(len(parts.layers)) for target in layer_targets(parts, index, choice)]
+    return [*layers, *table_targets(parts, choice)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,12 +15,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 
 from compress.artifact import Artifact
-from compress.errors import CompressError
+from compress.errors import CompressError, InvalidInput
 from compress.models.anatomy import shape_of
 from compress.models.load import load_model
+from compress.pipeline.file import load_pipeline
+from compress.pipeline.graph import resolve
 from compress.quant.qtensor import QTensor
 from compress.quant.store import load_quantized_model, read_quantized
 from compress.stage import Reporter, StageContext, Target
@@ -60,11 +64,11 @@ def change(folder: Path, quantised: Path) -> float:
     return ((after - before).square().sum() / before.square().sum()).item()
 
 
-@pytest.mark.parametrize("scheme", ["w4-block32", "w8-dynamic"])
+@pytest.mark.parametrize("scheme", ["w4-block32", "w8a8-dynamic"])
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_every_family_reloads_to_what_was_stored(model_type: str, scheme: str, pico: Pico, tmp_path: Path) -> None:
-    figures = quantize(pico(model_type), tmp_path / "q", scheme=scheme, search="output", reduce_range=False) \
-        if scheme == "w8-dynamic" else quantize(pico(model_type), tmp_path / "q")  # fmt: skip
+    figures = quantize(pico(model_type), tmp_path / "q", scheme=scheme, method="search", reduce_range=False) \
+        if scheme == "w8a8-dynamic" else quantize(pico(model_type), tmp_path / "q")  # fmt: skip
     config, tensors = read_quantized(tmp_path / "q")
     quantised = {name for name, tensor in tensors.items() if isinstance(tensor, QTensor)}
     shape = shape_of(config)
@@ -72,7 +76,7 @@ def test_every_family_reloads_to_what_was_stored(model_type: str, scheme: str, p
     num_tables = 1 if shape.tie_word_embeddings or shape.family.kind == "encoder" else 2
     assert len(quantised) == num_projections * shape.num_hidden_layers + num_tables
     assert change(pico(model_type), tmp_path / "q") < (0.3 if scheme == "w4-block32" else 0.01)
-    assert figures["bits_per_weight"] == pytest.approx(5.0) or scheme == "w8-dynamic"
+    assert figures["bits_per_weight"] == pytest.approx(5.0) or scheme == "w8a8-dynamic"
     # naive: the float model with the stored weights written back computes the same where activations are not rounded
     if scheme == "w4-block32":
         naive = load_model(pico(model_type))
@@ -88,12 +92,16 @@ def test_every_family_reloads_to_what_was_stored(model_type: str, scheme: str, p
     assert (tmp_path / "q" / "errors.png").stat().st_size > 1000
 
 
+def report(out: Path) -> dict[str, Any]:
+    return dict(json.loads((out / "errors.json").read_text()))
+
+
 def _is_conv1d(model: torch.nn.Module, name: str) -> bool:
     return type(model.get_submodule(name.removesuffix(".weight"))).__name__ == "Conv1D"
 
 
 def test_a_tied_table_is_stored_once(pico: Pico, tmp_path: Path) -> None:
-    quantize(pico("llama"), tmp_path / "q", search="none")
+    quantize(pico("llama"), tmp_path / "q", method="rtn")
     stored = load_file(tmp_path / "q" / "model.safetensors")
     assert [name for name in stored if "lm_head" in name] == []
     assert stored["model.embed_tokens.weight.codes"].shape == (VOCAB_SIZE, 2, 16)
@@ -116,18 +124,20 @@ def test_rows_that_do_not_fill_their_last_block(tmp_path: Path) -> None:
     assert isinstance(down, QTensor)
     assert down.shape == (80, 112)
     assert config["quantization_config"]["tensors"]["model.layers.0.mlp.down_proj.weight"] == {"in_features": 112}
-    assert isinstance(tensors["model.embed_tokens.weight"], torch.Tensor)  # 80 can't be gathered by blocks of 32
+    embedding = tensors["model.embed_tokens.weight"]
+    assert isinstance(embedding, QTensor)
+    assert embedding.scheme.name == "w4-block16", "80 can't be gathered by blocks of 32"
     assert change(folder, tmp_path / "q") < 0.2
 
 
 def test_each_search_lowers_the_error_of_the_one_before(pico: Pico, tmp_path: Path) -> None:
-    def total(search: str) -> float:
-        quantize(pico("gpt2"), tmp_path / search, search=search)
-        errors: dict[str, float] = json.loads((tmp_path / search / "errors.json").read_text())["errors"]
-        return sum(value for name, value in errors.items() if ".h." in name)
+    def total(method: str, **options: Any) -> float:
+        quantize(pico("gpt2"), tmp_path / method, method=method, **options)
+        return sum(value for name, value in report(tmp_path / method)["errors"].items() if ".h." in name)
 
-    assert total("output") < total("none")
-    assert total("gptq") < 0.8 * total("output")
+    searched = total("search")
+    assert total("gptq") < 0.8 * searched
+    assert searched < 0.9 * total("rtn", scaling="awq")  # which is the only one of these to need text for "rtn"
 
 
 def outlier_model(folder: Path) -> Path:
@@ -139,24 +149,97 @@ def outlier_model(folder: Path) -> Path:
     return folder
 
 
-def test_projections_with_outliers_keep_their_activations(tmp_path: Path) -> None:
+@pytest.mark.parametrize("scheme", ["w8a8-dynamic", "w8a8-static"])
+def test_projections_with_outliers_keep_their_activations(scheme: str, tmp_path: Path) -> None:
     folder = outlier_model(tmp_path / "outliers")
     name = "model.layers.1.mlp.down_proj.weight"
-    quantize(folder, tmp_path / "auto", scheme="w8-dynamic", search="none")
-    report = json.loads((tmp_path / "auto" / "errors.json").read_text())
-    assert report["weight_only"] == [name]
+    quantize(folder, tmp_path / "auto", scheme=scheme, method="rtn")
+    assert report(tmp_path / "auto")["spared"] == [name]
     _, tensors = read_quantized(tmp_path / "auto")
     spared = tensors[name]
     assert isinstance(spared, QTensor)
     assert spared.scheme.name == "w8-block32"
-    quantize(folder, tmp_path / "named", scheme="w8-dynamic", search="none", weight_only=["layers.1.mlp.down_proj"])
-    assert json.loads((tmp_path / "named" / "errors.json").read_text())["weight_only"] == [name]
-    quantize(folder, tmp_path / "all", scheme="w8-dynamic", search="none", weight_only=[])
+    quantize(folder, tmp_path / "all", scheme=scheme, method="rtn", exceptions={})
     assert change(folder, tmp_path / "auto") < 0.5 * change(folder, tmp_path / "all")
+    assert report(tmp_path / "all")["spared"] == []
+
+
+def test_mixed_precision_by_path(pico: Pico, tmp_path: Path) -> None:
+    exceptions = {"down_proj": "w8-block32", "layers.0.mlp.*": "float32", "model.layers.1.self_attn.?_proj": "ternary"}
+    quantize(pico("mistral"), tmp_path / "q", method="rtn", symmetric=False, exceptions=exceptions,
+             embeddings="float32", head="w8-block64")  # fmt: skip
+    _, tensors = read_quantized(tmp_path / "q")
+
+    def scheme(name: str) -> str:
+        tensor = tensors[f"{name}.weight"]
+        return tensor.scheme.name if isinstance(tensor, QTensor) else "float32"
+
+    assert scheme("model.layers.1.mlp.down_proj") == "w8-block32"
+    assert scheme("model.layers.0.mlp.down_proj") == "float32", "of two that match the longer counts"
+    assert scheme("model.layers.0.mlp.up_proj") == "float32"
+    assert scheme("model.layers.1.self_attn.q_proj") == "ternary"
+    assert scheme("model.layers.0.self_attn.q_proj") == scheme("model.layers.3.mlp.gate_proj") == "w4-block32"
+    assert (scheme("model.embed_tokens"), scheme("lm_head")) == ("float32", "w8-block64")
+    plain, zeroed = tensors["model.layers.1.self_attn.q_proj.weight"], tensors["lm_head.weight"]
+    assert isinstance(plain, QTensor)
+    assert isinstance(zeroed, QTensor)
+    assert plain.zero_point is None
+    assert zeroed.zero_point is not None
+    naive = load_model(pico("mistral"))
+    with torch.no_grad():
+        for name, parameter in naive.named_parameters():
+            stored = tensors[name]
+            parameter.copy_(stored.dequantize() if isinstance(stored, QTensor) else stored)
+    torch.testing.assert_close(logits(load_quantized_model(tmp_path / "q")), logits(naive), rtol=1e-5, atol=1e-5)
+
+
+def test_the_order_of_exceptions_does_not_matter() -> None:
+    one = Quantize(exceptions={"layers.0.*": "float32", "down_proj": "w8-block32"})
+    other = Quantize(exceptions={"down_proj": "w8-block32", "layers.0.*": "float32"})
+    for options in (one, other):
+        assert options.choice.of("model.layers.0.mlp.down_proj.weight", "projection") is None
+
+
+@pytest.mark.parametrize("ranges", ["minmax", "percentile", "entropy"])
+def test_static_ranges_are_shared_and_stored(ranges: str, pico: Pico, tmp_path: Path) -> None:
+    quantize(pico("mistral"), tmp_path / "q", scheme="w8a8-static", ranges=ranges, reduce_range=False)
+    _, tensors = read_quantized(tmp_path / "q")
+    stored = {name.split(".", 2)[-1]: tensor for name, tensor in tensors.items() if isinstance(tensor, QTensor)}
+    ranged = {name: tensor.input_range for name, tensor in stored.items() if tensor.scheme.static}
+    assert len(ranged) == 4 * 7
+    assert ranged["0.self_attn.q_proj.weight"] == ranged["0.self_attn.v_proj.weight"]
+    assert ranged["0.self_attn.q_proj.weight"] != ranged["0.self_attn.o_proj.weight"]
+    assert change(pico("mistral"), tmp_path / "q") < 0.01
+
+
+def test_static_beside_other_schemes_of_the_same_input(pico: Pico, tmp_path: Path) -> None:
+    exceptions = {"q_proj": "w8-block32", "mlp.gate_proj": "float32"}
+    quantize(pico("llama"), tmp_path / "q", scheme="w8a8-static", method="rtn", exceptions=exceptions)
+    _, tensors = read_quantized(tmp_path / "q")
+    ranged = [name for name, t in tensors.items() if isinstance(t, QTensor) and t.input_range is not None]
+    assert sorted({name.split(".")[-2] for name in ranged}) == ["down_proj", "k_proj", "o_proj", "up_proj", "v_proj"]
+
+
+def test_weights_that_are_no_numbers_are_refused_by_layer(pico: Pico, tmp_path: Path) -> None:
+    shutil.copytree(pico("llama"), tmp_path / "nan")
+    weights = load_file(tmp_path / "nan" / "model.safetensors")
+    weights["model.layers.2.mlp.up_proj.weight"][0, 0] = float("nan")
+    save_file(weights, tmp_path / "nan" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CompressError, match=r"model\.layers\.2: gives NaN or infinite activations"):
+        quantize(tmp_path / "nan", tmp_path / "q")
+
+
+def test_quantising_twice_names_the_stage_before(pico: Pico, tmp_path: Path) -> None:
+    file = tmp_path / "twice.yaml"
+    head = f"name: twice\nmodel: {pico('llama')}\n"
+    file.write_text(f"{head}stages:\n  - quantize: {{}}\n  - quantize: {{scheme: w8a8-dynamic}}\n")
+    with pytest.raises(InvalidInput, match="what 'quantize' hands on is quantized; leave out this or 'quant") as caught:
+        resolve(load_pipeline(file), None)
+    assert len(caught.value.problems) == 1
 
 
 def test_reduced_range_is_stored_and_read(pico: Pico, tmp_path: Path) -> None:
-    quantize(pico("llama"), tmp_path / "q", scheme="w8-dynamic", search="none", weight_only=[], reduce_range=True)
+    quantize(pico("llama"), tmp_path / "q", scheme="w8a8-dynamic", method="rtn", exceptions={}, reduce_range=True)
     config, tensors = read_quantized(tmp_path / "q")
     assert config["quantization_config"]["reduce_range"] is True
     projection = tensors["model.layers.0.mlp.up_proj.weight"]
@@ -167,16 +250,16 @@ def test_reduced_range_is_stored_and_read(pico: Pico, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("flags", [(), ("avx512_vnni",)])
 def test_the_range_that_this_cpu_needs_is_part_of_the_key(monkeypatch: pytest.MonkeyPatch, flags: tuple[str]) -> None:
-    from compress.stages.quantize import stage
+    from compress.quant import options
 
-    monkeypatch.setattr(stage, "this_machine", lambda: SimpleNamespace(flags=flags))
-    assert Quantize(scheme="w8-dynamic").model_dump()["reduce_range"] is (not flags)
-    assert Quantize(scheme="w8-dynamic", reduce_range=True).reduce_range is True
+    monkeypatch.setattr(options, "this_machine", lambda: SimpleNamespace(flags=flags))
+    assert Quantize(scheme="w8a8-dynamic").model_dump()["reduce_range"] is (not flags)
+    assert Quantize(scheme="w8a8-dynamic", reduce_range=True).reduce_range is True
     assert Quantize().model_dump()["reduce_range"] == "auto", "4-bit weights are the same on every CPU"
 
 
 def test_a_damaged_artifact_is_refused_in_words(pico: Pico, tmp_path: Path) -> None:
-    quantize(pico("llama"), tmp_path / "q", search="none")
+    quantize(pico("llama"), tmp_path / "q", method="rtn")
     weights = load_file(tmp_path / "q" / "model.safetensors")
     missing = {name: tensor for name, tensor in weights.items() if name != "model.norm.weight"}
     save_file(missing, tmp_path / "q" / "model.safetensors", metadata={"format": "pt"})
@@ -196,27 +279,67 @@ def test_a_damaged_artifact_is_refused_in_words(pico: Pico, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("options", "where"),
     [
-        ({"weight_only": ["down_proj"]}, "weight_only"),
-        ({"reduce_range": True}, "reduce_range"),
-        ({"scheme": "w8-dynamic", "weight_only": ["up"]}, "weight_only"),
-        ({"sequence_length": 512, "tokens": 1024}, "sequence_length"),
-        ({"tokens": 31, "sequence_length": 32}, "tokens"),
+        ({"reduce_range": True}, ["reduce_range"]),
+        ({"ranges": "entropy"}, ["ranges"]),
+        ({"exceptions": "auto"}, ["exceptions"]),
+        ({"smoothing": 0.3}, ["smoothing"]),
+        ({"method": "search", "act_order": True}, ["act_order"]),
+        ({"method": "rtn", "tokens": 512}, ["tokens"]),
+        ({"scheme": "ternary", "symmetric": False}, ["symmetric"]),
+        ({"scaling": "smoothquant"}, ["scaling"]),
+        ({"scheme": "w8a8-dynamic", "scaling": "awq"}, ["scaling"]),
+        ({"exceptions": {"down_prj": "float32", "mlp.*": "float32"}}, ["exceptions"]),
+        ({"head": "float32"}, ["head"]),
+        ({"embeddings": "w4-block128"}, ["embeddings"]),
+        ({"embeddings": "w8a8-dynamic"}, ["embeddings"]),
+        ({"sequence_length": 512, "tokens": 1024}, ["sequence_length"]),
+        ({"tokens": 31, "sequence_length": 32}, ["tokens"]),
+        ({"scheme": "w8a8-static", "tokens": 0, "method": "rtn", "exceptions": {}}, ["tokens"]),
+        ({"reduce_range": True, "act_order": True, "method": "search", "tokens": 9},
+         ["act_order", "reduce_range", "tokens"]),
     ],
-)
-def test_check_names_the_option(options: dict[str, Any], where: str, pico: Pico) -> None:
+)  # fmt: skip
+def test_check_names_every_option_at_once(options: dict[str, Any], where: list[str], pico: Pico) -> None:
     shape = shape_of(json.loads((pico("llama") / "config.json").read_text()))
-    assert [problem.where for problem in Quantize(**options).check(shape)] == [where]
-    assert not list(Quantize().check(shape))
-    assert not list(Quantize(scheme="w8-dynamic", weight_only=("mlp.down_proj",), **SMALL).check(shape))
+    assert [problem.where for problem in Quantize(**options).check(shape)] == where
 
 
-def test_the_estimate_is_the_size(pico: Pico, tmp_path: Path) -> None:
-    shape = shape_of(json.loads((pico("mistral") / "config.json").read_text()))
-    for scheme in ("w4-block32", "w8-dynamic"):
-        quantize(pico("mistral"), tmp_path / scheme, scheme=scheme, search="none", **(
-            {"weight_only": []} if scheme == "w8-dynamic" else {}))  # fmt: skip
-        written = sum(t.nbytes for t in load_file(tmp_path / scheme / "model.safetensors").values())
-        assert Quantize(scheme=scheme).weight_bytes(shape, 0) == pytest.approx(written, rel=0.03)
+def test_check_suggests_the_path_that_was_meant(pico: Pico) -> None:
+    shape = shape_of(json.loads((pico("gpt2") / "config.json").read_text()))
+    (problem,) = Quantize(exceptions={"atn.c_proj": "float32"}).check(shape)
+    assert problem.fix == "did you mean 'attn.c_proj'?"
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"exceptions": {"*": "float32"}},
+    {"scheme": "w8a8-dynamic", "exceptions": {"mlp.down_proj": "w8-block32"}, **SMALL},
+    {"scheme": "w8a8-static", "scaling": "smoothquant", "smoothing": 0.7, "ranges": "entropy", "reduce_range": True},
+    {"scheme": "w4-block64", "scaling": "awq", "act_order": True, "symmetric": False, "embeddings": "w2-block32"},
+    {"scheme": "w2-block16", "method": "rtn"},
+], ids=str)  # fmt: skip
+def test_check_accepts_what_fits(options: dict[str, Any], pico: Pico) -> None:
+    shape = shape_of(json.loads((pico("llama") / "config.json").read_text()))
+    assert list(Quantize(**options).check(shape)) == []
+
+
+def test_a_block_size_that_does_not_run_is_told_from_a_misspelt_scheme() -> None:
+    with pytest.raises(ValidationError, match="stored in blocks of 16, 32, 64, 128"):
+        Quantize(scheme="w4-block48")  # type: ignore[arg-type]
+    with pytest.raises(ValidationError, match="Input should be 'w4-block16'"):
+        Quantize(exceptions={"down_proj": "w4_block32"})  # type: ignore[dict-item]
+
+
+@pytest.mark.parametrize(("model_type", "options"), [
+    ("mistral", {}), ("llama", {"scheme": "w8a8-dynamic", "exceptions": {}}), ("gpt2", {"scheme": "w4-block128"}),
+    ("mistral", {"exceptions": {"mlp.*": "float32", "layers.0.*": "w8-block64"}, "head": "ternary"}),
+    ("qwen3", {"scheme": "w2-block32", "symmetric": False, "embeddings": "float32"}),
+], ids=str)  # fmt: skip
+def test_the_estimate_is_the_size(model_type: str, options: dict[str, Any], pico: Pico, tmp_path: Path) -> None:
+    shape = shape_of(json.loads((pico(model_type) / "config.json").read_text()))
+    quantize(pico(model_type), tmp_path / "q", method="rtn", **options)
+    stored = load_file(tmp_path / "q" / "model.safetensors").values()
+    written = sum(tensor.nbytes for tensor in stored if tensor.dim() > 1)  # biases and norms are left out
+    assert Quantize(**options).weight_bytes(shape, 0) == pytest.approx(written, rel=0.01)
 
 
 def test_importing_the_stage_imports_no_torch() -> None:
