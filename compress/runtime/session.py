@@ -25,6 +25,7 @@ LOGITS_TO_KEEP = "logits_to_keep"
 """Optional input of our fused decoders: the logits of how many last tokens to compute; 0 is all, left out is 1."""
 TAKES_PADDING = "compress.right_padded_rows"
 """Key of the ONNX model's metadata that says, where it is 0, that every row must be as long as the others."""
+_CACHE_DTYPES = {"tensor(float16)": np.float16, "tensor(int8)": np.int8, "tensor(uint8)": np.uint8}
 _PAST = re.compile(r"^past.*\.(\d+)\.(key|value|(?:recurrent|conv)(?:_state)?)$")
 
 Ints = NDArray[np.int64]
@@ -35,7 +36,7 @@ Floats = NDArray[np.floating[Any]]
 class CacheSlot:
     """One cached tensor of one layer: keys or values `(B, H, P, D)`, or a linear layer's state, of one size always.
 
-    sizes: those after the batch's; None where they are the number of tokens.
+    sizes: those after the batch's; None where they are the number of tokens. dtype: int8 where they are cached rounded.
     """
 
     past: str
@@ -43,15 +44,15 @@ class CacheSlot:
     sizes: tuple[int | None, ...]
     dtype: np.dtype[Any]
 
-    def empty(self, batch_size: int, length: int = 0) -> Floats:
+    def empty(self, batch_size: int, length: int = 0) -> NDArray[Any]:
         """Zeros for `length` tokens."""
         return np.zeros((batch_size, *(length if size is None else size for size in self.sizes)), self.dtype)
 
 
-class Past(list[Floats]):
+class Past(list[NDArray[Any]]):
     """A cache that is handed on, slot by slot, and how many tokens it has read."""
 
-    def __init__(self, values: Iterable[Floats], length: int) -> None:
+    def __init__(self, values: Iterable[NDArray[Any]], length: int) -> None:
         super().__init__(values)
         self.length = length
 
@@ -223,7 +224,7 @@ def _cache_slots(inputs: Mapping[str, Any], outputs: Sequence[str], genai: Mappi
     for name, node in inputs.items():
         if match := _PAST.match(name):
             present = next(out for out in outputs if re.fullmatch(rf"present.*\.{match[1]}\.{match[2]}", out))
-            dtype = np.dtype(np.float16 if node.type == "tensor(float16)" else np.float32)
+            dtype = np.dtype(_CACHE_DTYPES.get(node.type, np.float32))
             sizes: tuple[int | None, ...] = tuple(node.shape[1:])
             if match[2] in ("key", "value"):
                 heads, _, head_dim = (size if isinstance(size, int) else None for size in sizes)

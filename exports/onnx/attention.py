@@ -5,6 +5,7 @@ Shapes: B rows, T new tokens, S = past + new tokens, H query and G key/value hea
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +13,15 @@ from numpy.typing import NDArray
 
 from compress.errors import StageFailed
 from compress.exports.onnx.blocks import Blocks
-from compress.exports.onnx.weights import Model
+from compress.exports.onnx.graph import Attribute
+from compress.exports.onnx.weights import CacheScales, Model
+
+QUANTISED_CACHE: Mapping[str, Attribute] = {
+    "k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8,
+}  # fmt: skip
+"""Attributes of a `GroupQueryAttention` whose cache is int8."""
+CACHE_SCALES = 12
+"""The first of its two inputs that hold the scales of keys and of values."""
 
 
 @dataclass(frozen=True)
@@ -88,18 +97,29 @@ def fused_attention(blocks: Blocks, x: str, layer: int, inputs: FusedInputs) -> 
     """(attention `(B, T, H·D)`, keys, values `(B, G, S, D)`) by `GroupQueryAttention`."""
     shape = blocks.model.shape
     q, k, v = (*project(blocks, x, layer, packed=True, lanes_D=inputs.lanes_D), "", "")[:3]
-    attributes = {
+    attributes: dict[str, Attribute] = {
         "num_heads": shape.num_attention_heads, "kv_num_heads": shape.num_key_value_heads,
         "scale": scale(blocks.model, layer), "do_rotary": int(bool(inputs.cos)), "rotary_interleaved": 0,
         "local_window_size": window(blocks.model, layer) or -1,
     }  # fmt: skip
     past = [f"past_key_values.{layer}.{part}" for part in ("key", "value")]
-    rotary = [inputs.cos, inputs.sin] if inputs.cos else []
+    operands = [q, k, v, *past, inputs.last_B, inputs.total, inputs.cos, inputs.sin]
+    if scales := blocks.model.cache_scales.get(layer):
+        operands += [""] * (CACHE_SCALES - len(operands)) + _cache_scales(blocks, layer, scales, inputs.lanes_D)
+        attributes |= QUANTISED_CACHE
+    while not operands[-1]:
+        operands.pop()
     out, keys, values = blocks.graph.ops(
-        "GroupQueryAttention", [q, k, v, *past, inputs.last_B, inputs.total, *rotary], 3,
-        domain="com.microsoft", attributes=attributes,
-    )  # fmt: skip
+        "GroupQueryAttention", operands, 3, domain="com.microsoft", attributes=attributes
+    )
     return out, keys, values
+
+
+def _cache_scales(blocks: Blocks, layer: int, scales: CacheScales, lanes_D: NDArray[np.int64] | None) -> list[str]:
+    """The scales of a layer's keys and values, those of keys with their lanes in the order `lanes_D`."""
+    keys_GD = scales.keys_GD if lanes_D is None else scales.keys_GD[:, lanes_D]
+    named = {"key": keys_GD, "value": scales.values_GD}
+    return [blocks.graph.weight(f"cache.{layer}.{part}.scale", value[None, :, None]) for part, value in named.items()]
 
 
 def plain_attention(blocks: Blocks, x: str, layer: int, inputs: PlainInputs) -> tuple[str, str, str]:

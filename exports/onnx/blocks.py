@@ -7,22 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from compress.errors import StageFailed
 from compress.exports.onnx.graph import MICROSOFT, Graph
+from compress.exports.onnx.matrices import Matrix
 from compress.exports.onnx.weights import Model, array, stack_rows, stackable
 from compress.quant.qtensor import QTensor
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
 ACTIVATIONS = ("silu", "swish", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "relu", "tanh")
-ACCURACY_LEVEL = 4
-"""`MatMulNBits` with activations rounded to int8, row by row and block by block."""
 
 
 @dataclass(frozen=True)
@@ -51,10 +45,10 @@ class Blocks:
         name = name or paths[0]
         weight = stack_rows([self.model.matrix(path) for path in paths], rows)
         bias = self._bias(name, paths, rows, constant)
-        if not isinstance(weight, QTensor):
-            return self._float(x, name, weight, bias)
-        self._store(name, weight)
-        return self._quantised(x, name, weight, bias)
+        if isinstance(weight, QTensor):
+            return Matrix(self.graph, name, weight, self.fused).project(x, bias)
+        product = self.graph.op("MatMul", x, self.graph.weight(f"{name}.weight", array(weight).T))
+        return self.graph.op("Add", product, bias) if bias else product
 
     def can_stack(self, *paths: str) -> bool:
         """Whether one operator can hold the modules at `paths`."""
@@ -64,7 +58,7 @@ class Blocks:
         """`x Wᵀ` with the embedding table at `table`, which is stored already."""
         weight = self.model.matrix(table)
         if isinstance(weight, QTensor):
-            return self._quantised(x, table, weight, "")
+            return Matrix(self.graph, table, weight, self.fused, is_table=True).project(x)
         if self.fused:
             return self.graph.fused("FusedMatMul", x, f"{table}.weight", transA=0, transB=1, alpha=1.0)
         return self.graph.op("MatMul", x, self.graph.op("Transpose", f"{table}.weight", perm=(1, 0)))
@@ -72,16 +66,9 @@ class Blocks:
     def embed(self, ids: str, path: str) -> str:
         """Rows of the embedding at `path` by `ids`."""
         weight = self.model.matrix(path)
-        if not isinstance(weight, QTensor):
-            return self.graph.op("Gather", self.graph.weight(f"{path}.weight", array(weight)), ids, axis=0)
-        self._store(path, weight)
-        if not self.fused:
-            return self.graph.op("Gather", self._dequantised(path, weight), ids, axis=0)
-        flat = self.graph.op("Reshape", f"{path}.weight.codes", self.graph.ints(weight.shape[0], -1))
-        zeros = f"{path}.weight.zero_points" if weight.zero_point is not None else ""
-        inputs = (flat, ids, f"{path}.weight.scales", zeros)
-        options = {"bits": weight.scheme.bits, "block_size": weight.scheme.block_size}
-        return self.graph.fused("GatherBlockQuantized", *inputs, gather_axis=0, quantize_axis=1, **options)
+        if isinstance(weight, QTensor):
+            return Matrix(self.graph, path, weight, self.fused, is_table=True).gather(ids)
+        return self.graph.op("Gather", self.graph.weight(f"{path}.weight", array(weight)), ids, axis=0)
 
     def norm(self, x: str, path: str) -> str:
         """The model's norm at `path` of `x`."""
@@ -140,61 +127,6 @@ class Blocks:
         filled = [np.zeros(n, np.float32) if b is None else b for b, n in zip(biases, widths, strict=True)]
         stacked = np.append(np.concatenate(filled), np.float32(constant)) if constant else np.concatenate(filled)
         return self.graph.weight(f"{name}.bias", stacked if rows is None else stacked[rows])
-
-    def _store(self, name: str, tensor: QTensor) -> None:
-        """Store the codes, scales and zero points of the weight of `name` as its operators want them."""
-        if self.graph.has_weight(f"{name}.weight.codes"):
-            return
-        for part, value in tensor.pack().items():
-            stored = value.numpy()
-            if tensor.scheme.dynamic:  # MatMulInteger's B is (K, N), and a scale for each of N
-                stored = stored.T if part == "codes" else stored[:, 0]
-            self.graph.weight(f"{name}.weight.{part}", stored)
-
-    def _float(self, x: str, name: str, weight: Tensor, bias: str) -> str:
-        product = self.graph.op("MatMul", x, self.graph.weight(f"{name}.weight", array(weight).T))
-        return self.graph.op("Add", product, bias) if bias else product
-
-    def _quantised(self, x: str, name: str, weight: QTensor, bias: str) -> str:
-        codes, scales = f"{name}.weight.codes", f"{name}.weight.scales"
-        if weight.scheme.dynamic:
-            return self._dynamic(x, codes, scales, bias)
-        if not self.fused:
-            transposed = self.graph.op("Transpose", self._dequantised(name, weight), perm=(1, 0))
-            product = self.graph.op("MatMul", x, transposed)
-            return self.graph.op("Add", product, bias) if bias else product
-        n, k = weight.shape
-        zeros = f"{name}.weight.zero_points" if weight.zero_point is not None else ""
-        options = {"K": k, "N": n, "bits": weight.scheme.bits, "block_size": weight.scheme.block_size}
-        inputs = [x, codes, scales, zeros, "", bias]
-        while not inputs[-1]:
-            inputs.pop()
-        return self.graph.fused("MatMulNBits", *inputs, **options, accuracy_level=ACCURACY_LEVEL)
-
-    def _dequantised(self, name: str, weight: QTensor) -> str:
-        """8-bit block-wise codes as floats `(N, K)` by standard operators. Raises StageFailed for other codes."""
-        (n, k), scheme, graph = weight.shape, weight.scheme, self.graph
-        if scheme.bits != 8 or k % scheme.block_size:
-            what = f"{name}: {scheme.name} of {k} channels has no standard operator"
-            raise StageFailed("export-onnx.fused", what, "set fused: true")
-        codes = graph.op("Reshape", f"{name}.weight.codes", graph.ints(n, k))
-        if weight.zero_point is None:
-            shape = graph.ints(*weight.scale.shape)
-            zeros = graph.op("Expand", graph.scalar(scheme.midpoint, np.uint8), shape)
-        else:
-            zeros = f"{name}.weight.zero_points"
-        scales = f"{name}.weight.scales"
-        return graph.op("DequantizeLinear", codes, scales, zeros, axis=1, block_size=scheme.block_size)
-
-    def _dynamic(self, x: str, codes: str, scales: str, bias: str) -> str:
-        graph = self.graph
-        if self.fused:
-            inputs = [x, codes, scales, "", bias] if bias else [x, codes, scales]
-            return graph.fused("DynamicQuantizeMatMul", *inputs)
-        x_codes, x_scale, x_zero = graph.ops("DynamicQuantizeLinear", [x], 3)
-        whole = graph.op("Cast", graph.op("MatMulInteger", x_codes, codes, x_zero), to=1)
-        product = graph.op("Mul", whole, graph.op("Mul", x_scale, scales))
-        return graph.op("Add", product, bias) if bias else product
 
     def _fused_skip_norm(self, stream: Stream, path: str, wanted: Sequence[bool]) -> tuple[str, str]:
         kind = "LayerNormalization" if self.model.shape.family.norm == "layer" else "SimplifiedLayerNormalization"

@@ -16,6 +16,7 @@ from compress.exports.onnx.blocks import Blocks, Stream
 from compress.exports.onnx.graph import Dimension, Graph
 from compress.exports.onnx.inputs import Inputs, decoder_inputs, last_index, positions, size
 from compress.exports.onnx.mixer import mixer, state_shapes
+from compress.exports.onnx.weights import Model
 from compress.runtime.session import LOGITS_TO_KEEP
 
 BATCH, NEW, PAST, TOTAL = "batch_size", "sequence_length", "past_sequence_length", "total_sequence_length"
@@ -35,7 +36,7 @@ def build_decoder(blocks: Blocks, *, native: bool = True) -> None:
     for layer in range(shape.num_hidden_layers):
         for name, dimensions in _cache(blocks, layer, PAST).items():
             prefix = "past" if model.mixers[layer] else "past_key_values"
-            graph.input(f"{prefix}.{layer}.{name}", np.float32, dimensions)
+            graph.input(f"{prefix}.{layer}.{name}", _cache_dtype(model, layer), dimensions)
     stream = Stream(blocks.embed("input_ids", model.prefix + family.token_embedding))
     if family.position_embedding:
         places = positions(graph) if blocks.fused else "position_ids"
@@ -60,6 +61,10 @@ def _cache(blocks: Blocks, layer: int, length: str) -> dict[str, list[Dimension]
     return {"key": dimensions, "value": dimensions}
 
 
+def _cache_dtype(model: Model, layer: int) -> type[np.generic]:
+    return np.int8 if layer in model.cache_scales else np.float32
+
+
 def _layer(blocks: Blocks, stream: Stream, layer: int, inputs: Inputs) -> Stream:
     graph, model, family = blocks.graph, blocks.model, blocks.model.shape.family
     normed, stream = blocks.skip_norm(stream, model.layer(layer, family.attention_norm))
@@ -67,7 +72,7 @@ def _layer(blocks: Blocks, stream: Stream, layer: int, inputs: Inputs) -> Stream
         mixed, present = _mixed(blocks, normed, layer, inputs)
         attended = blocks.linear(mixed, model.layer(layer, f"{family.attention.path}.{family.attention.out}"))
     for name, dimensions in _cache(blocks, layer, TOTAL).items():
-        graph.output(present[name], f"present.{layer}.{name}", np.float32, dimensions)
+        graph.output(present[name], f"present.{layer}.{name}", _cache_dtype(model, layer), dimensions)
     if model.shape.residual == "parallel":
         normed = blocks.norm(stream.value, model.layer(layer, family.mlp_norm))
         return Stream(stream.value, graph.op("Add", attended, mlp(blocks, normed, layer)))

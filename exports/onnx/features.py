@@ -52,5 +52,11 @@ def _map(blocks: Blocks, x: str, kind: FeatureMap, path: str) -> str:
         weight_NDD = np.concatenate([blocks.model.vector(f"{path}feature_map_{part}.weight") for part in "qk"])
         weight = graph.weight(f"{path}feature_map.weight", weight_NDD.transpose(0, 2, 1))
         x = graph.fused("FusedMatMul", x, weight, transBatchA=1) if blocks.fused else graph.op("MatMul", x, weight)
-        x = graph.op("Concat", x, graph.op("Neg", x), axis=-1)  # [W, −W] would be twice the bytes to read a step
+        return of_both_signs(blocks, x)
     return graph.op("Softmax", x, axis=-1)
+
+
+def of_both_signs(blocks: Blocks, x: str) -> str:
+    """Hedgehog's softmax([x, −x]) of x = Wh, `(…, D)` → `(…, 2D)`; [W, −W] would be twice the bytes to read a step."""
+    graph = blocks.graph
+    return graph.op("Softmax", graph.op("Concat", x, graph.op("Neg", x), axis=-1), axis=-1)

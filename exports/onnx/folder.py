@@ -14,7 +14,8 @@ from compress.exports.onnx.genai import genai_config
 from compress.exports.onnx.graph import Graph
 from compress.exports.onnx.inputs import takes_padding
 from compress.exports.onnx.mixer import state_shapes
-from compress.exports.onnx.recurrence import missing_operators
+from compress.exports.onnx.operators import missing
+from compress.exports.onnx.recurrence import OPERATORS
 from compress.exports.onnx.tasks import task_of
 from compress.exports.onnx.weights import Model
 from compress.models.load import carry
@@ -54,10 +55,10 @@ def write_folder(
 
 def _has_native_mixers(context: StageContext, model: Model) -> bool:
     """Whether ONNX Runtime has the operators of the model's mixers; the log says what it costs where it has not."""
-    if not any(model.mixers) or not (missing := missing_operators()):
+    if not any(model.mixers) or not (lacking := missing(OPERATORS)):
         return True
     what = "this ONNX Runtime has no %s: linear layers run token by token (Scan), some 10 µs a token and layer slower"
-    context.reporter.log.warning(what, " and no ".join(missing))
+    context.reporter.log.warning(what, " and no ".join(lacking))
     return False
 
 

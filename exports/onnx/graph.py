@@ -40,6 +40,7 @@ class Graph:
         self._initializers: dict[str, TensorProto] = {}
         self._scope: list[str] = []
         self._taken: dict[str, Iterator[int]] = {}
+        self._made: dict[bytes, tuple[str, ...]] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -74,12 +75,14 @@ class Graph:
         """Whether a weight of that name is stored already."""
         return name in self._initializers
 
-    def weight(self, name: str, array: NDArray[Any]) -> str:
-        """Store `array` in the data file under `name`."""
+    def weight(self, name: str, array: NDArray[Any], *, nibbles: bool = False) -> str:
+        """Store `array` in the data file under `name`. nibbles: as uint4, two a byte, the first in the low bits."""
         if name in self._initializers:
             raise ValueError(f"weight {name} is stored already")
         self._data.write(b"\0" * (-self._data.tell() % _ALIGNMENT))
-        tensor = TensorProto(name=name, dims=array.shape, data_type=helper.np_dtype_to_tensor_dtype(array.dtype))
+        dtype = TensorProto.UINT4 if nibbles else helper.np_dtype_to_tensor_dtype(array.dtype)
+        tensor = TensorProto(name=name, dims=array.shape, data_type=dtype)
+        array = _two_a_byte(array) if nibbles else array
         tensor.data_location = TensorProto.EXTERNAL
         for key, value in (("location", DATA_FILE), ("offset", self._data.tell()), ("length", array.nbytes)):
             tensor.external_data.add(key=key, value=str(value))
@@ -112,14 +115,21 @@ class Graph:
 
     def ops(self, kind: str, inputs: Sequence[str], outputs: int | Sequence[bool], *, domain: str = "",
             attributes: Mapping[str, Attribute] | None = None) -> tuple[str, ...]:  # fmt: skip
-        """Add a node with several outputs: how many, or for each whether it is wanted (`""` where not)."""
+        """Add a node with several outputs: how many, or for each whether it is wanted (`""` where not).
+
+        A node that would be the copy of an earlier one is not added: the earlier one's outputs serve.
+        """
         wanted = [True] * outputs if isinstance(outputs, int) else outputs
-        name = self._unique("/".join(["", *self._scope, kind]))
-        values = tuple(f"{name}.{index}" if want else "" for index, want in enumerate(wanted))
-        node = helper.make_node(kind, inputs, values, name, domain=domain)
+        node = helper.make_node(kind, inputs, [str(want) for want in wanted], domain=domain)
         node.attribute.extend(helper.make_attribute(key, value) for key, value in (attributes or {}).items())
-        self._nodes.append(node)
-        return values
+        what = node.SerializeToString(deterministic=True)
+        if what not in self._made:
+            node.name = self._unique("/".join(["", *self._scope, kind]))
+            values = tuple(f"{node.name}.{index}" if want else "" for index, want in enumerate(wanted))
+            node.output[:] = values
+            self._nodes.append(node)
+            self._made[what] = values
+        return self._made[what]
 
     def save(self, metadata: Mapping[str, str]) -> None:
         """Write `model.onnx`."""
@@ -135,11 +145,19 @@ class Graph:
         return f"{name}_{count}" if count else name
 
     def _rename(self, value: str, name: str) -> None:
+        for what, values in self._made.items():
+            if value in values:
+                self._made[what] = tuple(name if old == value else old for old in values)
         for node in self._nodes:
             for names in (node.input, node.output):
                 for index, old in enumerate(names):
                     if old == value:
                         names[index] = name
+
+
+def _two_a_byte(codes: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    flat = np.append(codes.reshape(-1), np.zeros(codes.size % 2, np.uint8))
+    return flat[::2] | np.left_shift(flat[1::2], 4, dtype=np.uint8)
 
 
 def _value(name: str, dtype: type[np.generic], shape: Sequence[Dimension]) -> onnx.ValueInfoProto:

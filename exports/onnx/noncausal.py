@@ -8,11 +8,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
-import numpy as np
-
 from compress.exports.onnx.attention import project, split_heads
 from compress.exports.onnx.blocks import Blocks
-from compress.exports.onnx.weights import Model, array
+from compress.exports.onnx.features import of_both_signs
+from compress.exports.onnx.weights import Model
 from compress.mixers.spec import EPSILON
 from compress.quant.qtensor import QTensor
 
@@ -66,11 +65,7 @@ def _maps(model: Model, layer: int) -> tuple[tuple[str, str], tuple[str, str]]:
 
 def _features(blocks: Blocks, x_BHTD: str, path: str) -> str:
     """softmax([Wx, −Wx]), `(B, H, T, 2D)`; softmax([x, −x]) where W is folded in."""
-    graph, model = blocks.graph, blocks.model
-    if model.has(path):
-        map_HDD = array(cast("Tensor", model.tensors[f"{path}.weight"])).transpose(0, 2, 1)
-        both_HDK = np.concatenate([map_HDD, -map_HDD], axis=-1)
-        both = graph.op("MatMul", x_BHTD, graph.weight(f"{path}.weight", both_HDK))
-    else:
-        both = graph.op("Concat", x_BHTD, graph.op("Neg", x_BHTD), axis=-1)
-    return graph.op("Softmax", both, axis=-1)
+    if blocks.model.has(path):
+        map_HDD = blocks.model.vector(f"{path}.weight").transpose(0, 2, 1)
+        x_BHTD = blocks.graph.op("MatMul", x_BHTD, blocks.graph.weight(f"{path}.weight", map_HDD))
+    return of_both_signs(blocks, x_BHTD)

@@ -119,8 +119,9 @@ def verify(folder: Path, expected: Expectations, tolerance: float, threads: int)
         what = f"{exact.mismatches} of {exact.num_tokens} greedy tokens differ from torch's"
         raise StageFailed("export-onnx", what, "see parity.json")
     if not shipped.relative_rms <= ROUNDING_LIMIT:
-        what = f"rounded activations move the outputs by {shipped.relative_rms:.2g} of their spread"
-        raise StageFailed("export-onnx", what, f"the limit is {ROUNDING_LIMIT:g}; use int4")
+        what = f"rounded activations or a rounded cache move the outputs by {shipped.relative_rms:.2g} of their spread"
+        fix = f"the limit is {ROUNDING_LIMIT:g}; except the layers with outliers, or use a block-wise scheme"
+        raise StageFailed("export-onnx", what, fix)
     return exact, shipped
 
 
@@ -157,7 +158,8 @@ def _expect_encoder(model: PreTrainedModel, prompt: NDArray[np.int64], pooling: 
 
 
 def _compare(onnx: OnnxModel, expected: Expectations, tolerance: float) -> Parity:
-    dummy: Arrays = {**{slot.past: slot.empty(1) for slot in onnx.cache}, **expected.dummy}
+    dummy = {**{slot.past: slot.empty(1) for slot in onnx.cache}, **expected.dummy}
+    dummy |= {slot.past: dummy[slot.past].astype(slot.dtype) for slot in onnx.cache}
     onnx.run({name: dummy[name] for name in onnx.inputs})
     parity = Parity()
     for one in expected.prompts:

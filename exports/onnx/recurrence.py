@@ -5,30 +5,13 @@ Shapes: B rows, T new tokens, H query and G key/value heads, K and V rows and co
 
 from __future__ import annotations
 
-from functools import cache
-
 import numpy as np
 import onnx
-import onnx.parser
 from onnx import TensorProto, helper
 
-from compress.exports.onnx.graph import IR_VERSION, MICROSOFT, Attribute, Graph
+from compress.exports.onnx.graph import MICROSOFT, Attribute, Graph
 
-_PROBES = {
-    "LinearAttention": """(float[1,1,8] q, float[1,1,8] k, float[1,1,8] v, float[1,1,8,8] past)
-        => (float[1,1,8] out, float[1,1,8,8] present)
-        { out, present = com.microsoft.LinearAttention <q_num_heads = 1, kv_num_heads = 1, update_rule = "linear">
-                         (q, k, v, past) }""",
-    "CausalConvWithState": """(float[1,8,1] x, float[8,1,4] weight, float[8] bias, float[1,8,3] past)
-        => (float[1,8,1] out, float[1,8,3] present)
-        { out, present = com.microsoft.CausalConvWithState (x, weight, bias, past) }""",
-}
-
-
-@cache
-def missing_operators() -> tuple[str, ...]:
-    """Which of the operators of linear layers the installed ONNX Runtime has no CPU kernel for."""
-    return tuple(kind for kind, probe in _PROBES.items() if not _runs(probe))
+OPERATORS = ("LinearAttention", "CausalConvWithState")
 
 
 def linear_attention(
@@ -110,19 +93,3 @@ def _token(*, has_decay: bool, has_beta: bool) -> onnx.GraphProto:
     floats = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names]
     outputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in ("next_state", "out")]
     return helper.make_graph(nodes, "token", floats, outputs)
-
-
-def _runs(probe: str) -> bool:
-    """Whether a session of a graph of one node, in ONNX's textual form, opens."""
-    import onnxruntime
-
-    from compress.runtime.ort import ort_errors
-
-    model = onnx.parser.parse_model(f'<ir_version: {IR_VERSION}, opset_import: ["{MICROSOFT}": 1]> probe {probe}')
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    try:
-        onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    except ort_errors():
-        return False
-    return True

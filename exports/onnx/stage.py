@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -11,13 +12,19 @@ from pydantic import Field
 from compress.artifact import Format, Metrics
 from compress.errors import Problem, StageFailed
 from compress.models.anatomy import ModelShape
+from compress.quant import bnb
+from compress.quant.schemes import SCHEMES, Scheme
 from compress.stage import Stage, StageContext
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from compress.artifact import Artifact
     from compress.exports.onnx.parity import Expectations
+    from compress.exports.onnx.weights import Model
 
-_SCHEMES = {"int4": "w4-block32", "int8": "w8-dynamic"}
+_SCHEMES = {"int4": "w4-block32", "int8": "w8a8-dynamic"}
 
 
 class ExportOnnx(Stage):
@@ -28,6 +35,7 @@ class ExportOnnx(Stage):
     """
 
     name: ClassVar[str] = "export-onnx"
+    version: ClassVar[int] = 2
     summary: ClassVar[str] = "Write a folder that ONNX Runtime and onnxruntime-genai run, checked against torch"
     accepts: ClassVar[frozenset[Format]] = frozenset({"torch", "quantized"})
     returns: ClassVar[Format] = "onnx"
@@ -35,10 +43,15 @@ class ExportOnnx(Stage):
 
     format: Literal["auto", "fp32", "int8", "int4"] = Field(
         "auto",
-        description="auto: as the artifact is; int8, int4: short for a quantize stage before (w8-dynamic, w4-block32)",
+        description="auto: as the artifact is; int8, int4: short for quantize before it (w8a8-dynamic, w4-block32)",
     )
     fused: bool = Field(
         True, description="ONNX Runtime's fused operators; false: standard operators, for left-padded batches"
+    )
+    kv_cache: Literal["float32", "int8"] = Field(
+        "float32",
+        description="int8: keys and values are cached in a quarter of the bytes, with a scale for each channel, from "
+        "training text; what that costs is among the figures",
     )
     parity_tolerance: float = Field(
         1e-3, gt=0, le=1, description="largest difference of a logit from torch's, activations unrounded"
@@ -51,23 +64,38 @@ class ExportOnnx(Stage):
         return ()
 
     def check(self, model: ModelShape) -> Iterator[Problem]:
-        """Formats and sizes that the operators can't do."""
-        if self.format == "int4" and not self.fused:
-            yield Problem("fused", "4-bit weights have no standard operator", "leave fused: true")
+        """Formats, sizes and caches that the operators can't do."""
         has_softmax = None in (model.mixers or (None,))
         if self.fused and model.family.kind == "decoder" and has_softmax and model.head_dim % 8:
             what = f"GroupQueryAttention needs heads of a multiple of 8, these have {model.head_dim}"
             yield Problem("fused", what, "set fused: false")
+        if self.kv_cache == "float32":
+            return
+        if model.family.kind != "decoder" or not has_softmax:
+            yield Problem("kv_cache", "no layer of this model caches keys and values", "remove it")
+        elif not self.fused:
+            yield Problem("kv_cache", "standard operators can't read an int8 cache", "set fused: true")
+        elif problem := _missing_cache():
+            yield problem
 
     def check_input(self, previous: Stage) -> Iterator[Problem]:
-        """What was quantised before by a scheme that `format` does not mean or that `fused` leaves no operators for."""
-        scheme = getattr(previous, "scheme", None)
-        if previous.returns != "quantized" or scheme is None:
+        """What was quantised before by a scheme that `format` does not mean or that has no standard operator.
+
+        Whether the installed runtime has a fused one is found out by the dry run, which opens it.
+        """
+        name = getattr(previous, "scheme", None)
+        if name in bnb.BITS:
+            yield Problem("", bnb.PYTORCH_ONLY, "quantize by another scheme, as w4-block32")
+        if previous.returns != "quantized" or name not in SCHEMES:
             return
-        if problem := _other_format(self.format, scheme):
+        if problem := _other_format(self.format, name):
             yield problem
-        if self.format != "int4" and scheme == _SCHEMES["int4"] and not self.fused:
-            yield Problem("fused", f"{scheme} weights have no standard operator", "leave fused: true")
+        if not self.fused and (problem := _no_standard_operator(SCHEMES[name])):
+            yield problem
+
+    def reads(self) -> frozenset[Literal["train", "eval"]]:
+        """The text that an int8 cache is fitted to, and that which its loss is measured on."""
+        return frozenset({"train", "eval"}) if self.kv_cache == "int8" else self.splits
 
     def weight_bytes(self, model: ModelShape, before: float) -> float:
         """Estimated bytes: float32 of what was not quantised before."""
@@ -75,47 +103,91 @@ class ExportOnnx(Stage):
 
     def run(self, context: StageContext) -> Metrics:
         """Export, compare and describe. Raises StageFailed beyond the tolerance, saying by how much."""
+        from compress.exports.onnx.kv_cache import cache_loss
         from compress.exports.onnx.parity import verify
 
         start = time.perf_counter()
         _refuse_other_format(context.input, self.format)
         with context.reporter.progress("export", 3) as advance:
-            expected = self._export(context)
+            expected, held_out = self._export(context)
             advance(1, "written")
             parity, shipped = verify(context.out, expected, self.parity_tolerance, context.target.threads)
+            lost = {} if held_out is None else cache_loss(context.out, held_out, context.target.threads)
             advance(2, "compared")
         if shipped is not parity:
-            what = "activations are rounded: logits move by %.2g at most, whole against step by step by %.2g"
+            what = "what is rounded moves logits by %.2g at most, whole against step by step by %.2g"
             context.reporter.log.info(what, shipped.max_error, shipped.own_step_error)
         seconds = time.perf_counter() - start
-        figures = {"parity_max_error": parity.max_error, "greedy_mismatches": float(parity.mismatches)}
+        figures = {"parity_max_error": parity.max_error, "greedy_mismatches": float(parity.mismatches), **lost}
         return {"result": {**figures, "export_seconds": seconds}}
 
-    def _export(self, context: StageContext) -> Expectations:
-        """Write all but `parity.json`; what torch computes, for the comparison. Torch's weights are freed here."""
+    def _export(self, context: StageContext) -> tuple[Expectations, NDArray[np.int64] | None]:
+        """Write all but `parity.json`; what torch computes, for the comparison, and the text `(B, T)` for the cache's.
+
+        Torch's weights are freed here.
+        """
         from compress.exports.onnx.describe import load
         from compress.exports.onnx.encoder import read_pooling
         from compress.exports.onnx.folder import write_folder
+        from compress.exports.onnx.kv_cache import cache_scales, text_blocks
         from compress.exports.onnx.parity import expectations
         from compress.models.load import load_tokenizer
 
         tokenizer = load_tokenizer(context.input.path)
         model, described = load(context.input)
+        _refuse_missing(described, fused=self.fused)
+        held_out = None
+        if self.kv_cache == "int8":
+            fitted, held_out = text_blocks(context.data, tokenizer, described)
+            described = replace(described, cache_scales=cache_scales(model, described, fitted))
         pooling = read_pooling(context.input.path) if described.shape.family.kind == "encoder" else None
         task = write_folder(context, model, described, pooling, fused=self.fused)
-        return expectations(model, tokenizer, task, pooling)
+        return expectations(model, tokenizer, task, pooling), held_out
 
 
 def _refuse_other_format(artifact: Artifact, wanted: str) -> None:
     if artifact.format != "quantized":
         return
-    if problem := _other_format(wanted, artifact.config.get("quantization_config", {}).get("scheme", "")):
+    scheme = artifact.config.get("quantization_config", {}).get("scheme", "")
+    if scheme in SCHEMES and (problem := _other_format(wanted, scheme)):
         raise StageFailed(f"export-onnx.{problem.where}", problem.what, problem.fix)
 
 
 def _other_format(wanted: str, scheme: str) -> Problem | None:
     """What is wrong where `wanted` is asked of weights of `scheme`."""
-    if wanted == "auto" or _SCHEMES.get(wanted) == scheme:
+    if wanted == "auto" or (wanted in _SCHEMES and SCHEMES[_SCHEMES[wanted]].bits == SCHEMES[scheme].bits):
         return None
     what = f"format {wanted!r} was asked of weights that are quantised as {scheme!r} already"
     return Problem("format", what, "leave format out, or change the stage that quantised them")
+
+
+def _refuse_missing(described: Model, *, fused: bool) -> None:
+    """Raises StageFailed for a tensor that no operator can hold, before anything is written."""
+    from compress.quant.qtensor import QTensor
+
+    table = f"{described.prefix}{described.shape.family.token_embedding}.weight"
+    schemes = {(one.scheme, name == table) for name, one in described.tensors.items() if isinstance(one, QTensor)}
+    for scheme, is_table in schemes:
+        if problem := _cannot_hold(scheme, fused=fused, is_table=is_table):
+            raise StageFailed(f"export-onnx.{problem.where}", problem.what, problem.fix)
+
+
+def _cannot_hold(scheme: Scheme, *, fused: bool, is_table: bool = False) -> Problem | None:
+    """What is wrong with `scheme` where ONNX Runtime, or the standard, has no operators for it."""
+    if not fused:
+        return _no_standard_operator(scheme)
+    from compress.exports.onnx.operators import lacking, missing_for
+
+    operator = missing_for(scheme, is_table=is_table)
+    return lacking("format", operator, "upgrade onnxruntime, or choose another scheme") if operator else None
+
+
+def _no_standard_operator(scheme: Scheme) -> Problem | None:
+    what = f"{scheme.name} weights have no standard operator: DequantizeLinear takes 4 bits or 8"
+    return Problem("fused", what, "leave fused: true") if scheme.bits == 2 else None
+
+
+def _missing_cache() -> Problem | None:
+    from compress.exports.onnx.operators import INT8_CACHE, lacking, missing
+
+    return lacking("kv_cache", INT8_CACHE, "upgrade onnxruntime, or remove it") if missing([INT8_CACHE]) else None

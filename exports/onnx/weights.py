@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -18,10 +18,19 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class CacheScales:
+    """What a code of the int8 cache stands for: a scale for each channel `(G, D)` of keys, rotated, and of values."""
+
+    keys_GD: NDArray[np.float32]
+    values_GD: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
 class Model:
     """shape and config: what `config.json` says. tensors: by state-dict name. prefix: the backbone's (`model.`).
 
-    rotary: cos and sin `(max_position_embeddings, rotary_dim / 2)` where positions are rotary.
+    rotary: cos and sin `(max_position_embeddings, rotary_dim / 2)` where positions are rotary. cache_scales: by layer,
+    where keys and values are cached as int8.
     """
 
     shape: ModelShape
@@ -29,6 +38,7 @@ class Model:
     tensors: Mapping[str, Tensor | QTensor]
     prefix: str
     rotary: tuple[NDArray[np.float32], NDArray[np.float32]] | None = None
+    cache_scales: Mapping[int, CacheScales] = field(default_factory=dict)
 
     @property
     def mixers(self) -> tuple[MixerSpec | None, ...]:
@@ -78,16 +88,12 @@ def stack_rows(matrices: Sequence[Tensor | QTensor], rows: NDArray[np.int64] | N
     if isinstance(matrices[0], QTensor):
         quantised = cast("Sequence[QTensor]", matrices)
         zeros = [matrix.zero_point for matrix in quantised if matrix.zero_point is not None]
-        stacked = QTensor(
-            torch.cat([matrix.codes for matrix in quantised]),
-            torch.cat([matrix.scale for matrix in quantised]),
-            torch.cat(zeros) if zeros else None,
-            quantised[0].scheme,
-        )
-        if rows is None:
-            return stacked
-        zero = None if stacked.zero_point is None else stacked.zero_point[rows]
-        return QTensor(stacked.codes[rows], stacked.scale[rows], zero, stacked.scheme)
+        codes = torch.cat([matrix.codes for matrix in quantised])
+        scale = torch.cat([matrix.scale for matrix in quantised])
+        zero = torch.cat(zeros) if zeros else None
+        if rows is not None:
+            codes, scale, zero = codes[rows], scale[rows], None if zero is None else zero[rows]
+        return replace(quantised[0], codes=codes, scale=scale, zero_point=zero)
     plain = cast("Sequence[Tensor]", matrices)
     whole = plain[0] if len(plain) == 1 else torch.cat(list(plain))
     return whole if rows is None else whole[torch.from_numpy(rows)]
@@ -99,17 +105,16 @@ def _zero_row(like: Tensor | QTensor) -> Tensor | QTensor:
         return like.new_zeros(1, like.shape[1])
     codes, scale = like.codes[:1].clone(), like.scale[:1].clone()
     zero = None if like.zero_point is None else like.zero_point[:1].clone().fill_(like.scheme.midpoint)
-    return QTensor(codes.fill_(like.scheme.midpoint), scale.fill_(1), zero, like.scheme)
+    return replace(like, codes=codes.fill_(like.scheme.midpoint), scale=scale.fill_(1), zero_point=zero)
 
 
 def stackable(matrices: Sequence[Tensor | QTensor]) -> bool:
     """Whether matrices are of one kind, so that one operator can do all of them."""
-    first, *others = matrices
-    if not isinstance(first, QTensor):
-        return not any(isinstance(other, QTensor) for other in others)
-    return all(
-        isinstance(other, QTensor)
-        and other.scheme == first.scheme
-        and (other.zero_point is None) == (first.zero_point is None)
-        for other in others
-    )
+    return len({_kind(matrix) for matrix in matrices}) == 1
+
+
+def _kind(matrix: Tensor | QTensor) -> tuple[Any, ...]:
+    """What matrices side by side must have in common: the scheme, and the range of their input where one is stored."""
+    if not isinstance(matrix, QTensor):
+        return ()
+    return matrix.scheme, *(value.item() for value in matrix.input_range or ())

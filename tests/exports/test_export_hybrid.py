@@ -12,26 +12,19 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from exporting import export, genai_tokens, quantised
 
-from compress.artifact import Artifact
 from compress.errors import CompressError
 from compress.exports.onnx import folder as folder_module
 from compress.exports.onnx.stage import ExportOnnx
 from compress.mixers.spec import SPECS
 from compress.models.anatomy import shape_of
 from compress.models.load import load_model
-from compress.models.parts import Parts
-from compress.quant.modules import weight_of
-from compress.quant.schemes import SCHEMES, quantize
-from compress.quant.store import save_quantized
-from compress.quant.targets import all_targets
+from compress.quant.choice import MixedSchemes
+from compress.quant.schemes import SCHEMES, Scheme
 from compress.runtime.session import OnnxModel
-from compress.stage import StageContext, Target
 from pico import make_hybrid
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:The given NumPy array is not writable:UserWarning",  # torch only reads it
-)
 PROMPT = np.arange(20, 37, dtype=np.int64)[None]
 STEP = np.full((2, 1), 50, np.int64)
 LINEAR = "linear_attention"
@@ -43,23 +36,6 @@ MIXES: dict[str, Sequence[str | None]] = {
     "all mamba2": ("mamba2", "mamba2"),
     "mixed": ("linear", "mamba2", None),
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Any:
-    """Pico matrices are too small to share."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def export(source: Path, out: Path, kind: str = "torch", **options: Any) -> dict[str, float]:
-    out.mkdir(parents=True)
-    inputs = {"input": Artifact(source, kind, "test", "key")}  # type: ignore[arg-type]
-    data: Any = None  # the stage reads none
-    context = StageContext(out=out, work=out, inputs=inputs, data=data, seed=0, target=Target(threads=1))
-    return dict(ExportOnnx(**options).run(context)["result"])
 
 
 @pytest.fixture(scope="session")
@@ -125,22 +101,19 @@ def test_variants(tmp_path: Path, model_type: str, options: dict[str, Any], fuse
 
 
 @pytest.mark.parametrize(
-    ("mix", "scheme", "symmetric"),
+    ("mix", "scheme"),
     [
-        ("all linear", "w4-block32", True),
-        ("mamba2", "w4-block32", False),
-        ("gated-delta", "w4-block32", True),
-        ("gated-linear", "w8-dynamic", True),
+        ("all linear", SCHEMES["w4-block32"]),
+        ("mamba2", SCHEMES["w4-block32"].asymmetric),
+        ("gated-delta", SCHEMES["ternary"]),
+        ("gated-linear", SCHEMES["w8a8-dynamic"]),
+        ("linear", SCHEMES["w8a8-static"]),
     ],
 )
 def test_projections_are_quantised_and_states_are_not(
-    hybrid: Callable[[str], Path], tmp_path: Path, mix: str, scheme: str, symmetric: bool
+    hybrid: Callable[[str], Path], tmp_path: Path, mix: str, scheme: Scheme
 ) -> None:
-    source, model = tmp_path / "q", load_model(hybrid(mix))
-    source.mkdir()
-    targets = all_targets(Parts(model), SCHEMES[scheme])
-    tensors = {t.name: quantize(weight_of(t.module), t.scheme, symmetric=symmetric) for t in targets}
-    save_quantized(model, tensors, SCHEMES[scheme], hybrid(mix), source)
+    source = quantised(hybrid(mix), tmp_path / "q", scheme)
     figures = export(source, tmp_path / "out", "quantized")
     assert figures["parity_max_error"] < 1e-4
     assert figures["greedy_mismatches"] == 0
@@ -156,11 +129,8 @@ def test_projections_are_quantised_and_states_are_not(
 
 @pytest.mark.parametrize("mix", ["linear", "mamba2"])
 def test_projections_of_several_kinds_stand_apart(hybrid: Callable[[str], Path], tmp_path: Path, mix: str) -> None:
-    source, model, scheme = tmp_path / "q", load_model(hybrid(mix)), SCHEMES["w8-block32"]
-    source.mkdir()
-    targets = [target for target in all_targets(Parts(model), scheme) if "v_proj" not in target.name]
-    tensors = {target.name: quantize(weight_of(target.module), target.scheme) for target in targets}
-    save_quantized(model, tensors, scheme, hybrid(mix), source)
+    choice = MixedSchemes(SCHEMES["w8-block32"], {"v_proj": None})
+    source = quantised(hybrid(mix), tmp_path / "q", choice.scheme, choice)
     assert export(source, tmp_path / "out", "quantized")["parity_max_error"] < 1e-4
 
 
@@ -222,8 +192,6 @@ def test_steps_batches_and_a_resumed_prompt_are_the_whole(exported: Exported, mi
 def test_genai_runs_the_folder_unchanged(
     exported: Exported, hybrid: Callable[[str], Path], tmp_path: Path, mix: str, model_type: str
 ) -> None:
-    import onnxruntime_genai as og
-
     folder = exported(mix, True)
     config = json.loads((folder / "genai_config.json").read_text())
     if model_type != config["model"]["type"]:  # the generic type runs it too, its states then in buffers of their own
@@ -233,14 +201,7 @@ def test_genai_runs_the_folder_unchanged(
         config["search"]["past_present_share_buffer"] = False
         (folder / "genai_config.json").unlink()
         (folder / "genai_config.json").write_text(json.dumps(config))
-    parameters = og.GeneratorParams(model := og.Model(str(folder)))
-    parameters.set_search_options(max_length=17 + 24, do_sample=False)
-    generator = og.Generator(model, parameters)
-    generator.append_tokens(PROMPT[0].astype(np.int32))
-    tokens: list[int] = []
-    while not generator.is_done():
-        generator.generate_next_token()
-        tokens.append(int(generator.get_next_tokens()[0]))
+    tokens = genai_tokens(folder, PROMPT, 24)
     source: Any = load_model(hybrid(mix))
     expected = source.generate(torch.from_numpy(PROMPT), max_new_tokens=24, do_sample=False)[0, 17:].tolist()
     assert tokens == expected[: len(tokens)]
@@ -253,7 +214,7 @@ def test_a_runtime_without_the_operators_gets_a_decomposed_graph(
     hybrid: Callable[[str], Path], exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture, mix: str,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(folder_module, "missing_operators", lambda: ("LinearAttention", "CausalConvWithState"))
+    monkeypatch.setattr(folder_module, "missing", lambda names: names)
     assert export(hybrid(mix), tmp_path / "out")["parity_max_error"] < 1e-4
     assert "no LinearAttention and no CausalConvWithState" in caplog.text
     assert {"Scan", "Conv", "GroupQueryAttention"} <= kinds(tmp_path / "out")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,32 +10,18 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from exporting import export, operators, quantised, rounded
 
-from compress.artifact import Artifact
-from compress.exports.onnx.stage import ExportOnnx
 from compress.mixers.spec import SPECS
 from compress.models.convert import to_hybrid
 from compress.models.load import load_model, save_model
 from compress.models.parts import Parts
-from compress.quant.modules import weight_of
-from compress.quant.schemes import SCHEMES, quantize
-from compress.quant.store import load_quantized_model, save_quantized
-from compress.quant.targets import all_targets
+from compress.quant.schemes import SCHEMES
+from compress.quant.store import load_quantized_model
 from compress.runtime.session import OnnxModel
-from compress.stage import StageContext, Target
 from pico import make_pico
 
-pytestmark = pytest.mark.filterwarnings("ignore:The given NumPy array is not writable:UserWarning")
 NUM_LAYERS = 3
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Pico matrices are too small to share."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def hybrid(folder: Path, linear: tuple[int, ...] = (0, 2), architecture: str = "BertModel") -> Path:
@@ -53,28 +38,9 @@ def hybrid(folder: Path, linear: tuple[int, ...] = (0, 2), architecture: str = "
     return folder / "hybrid"
 
 
-def quantised(source: Path, out: Path, scheme_name: str) -> Path:
-    out.mkdir()
-    model, scheme = load_model(source), SCHEMES[scheme_name]
-    targets = all_targets(Parts(model), scheme)
-    tensors = {target.name: quantize(weight_of(target.module), target.scheme) for target in targets}
-    save_quantized(model, tensors, scheme, source, out)
-    return out
-
-
-def export(source: Path, out: Path, kind: str = "torch", **options: Any) -> OnnxModel:
-    out.mkdir()
-    inputs = {"input": Artifact(source, kind, "test", "key")}  # type: ignore[arg-type]
-    data: Any = None  # the stage reads none
-    context = StageContext(out=out, work=out, inputs=inputs, data=data, seed=0, target=Target(threads=1))
-    figures = ExportOnnx(**options).run(context)["result"]
-    assert figures["parity_max_error"] < 1e-4
+def encoder(source: Path, out: Path, kind: str = "torch", **options: Any) -> OnnxModel:
+    assert export(source, out, kind, **options)["parity_max_error"] < 1e-4
     return OnnxModel(out, threads=1)
-
-
-def operators(folder: Path) -> list[tuple[str, str]]:
-    graph = onnx.load(folder / "model.onnx", load_external_data=False).graph
-    return [(node.domain, node.op_type) for node in graph.node]
 
 
 def padded() -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
@@ -89,7 +55,7 @@ def test_fp32_is_what_torch_computes_padded_on_either_side(
     tmp_path: Path, linear: tuple[int, ...], fused: bool
 ) -> None:
     source = hybrid(tmp_path, linear)
-    onnx_model = export(source, tmp_path / "out", fused=fused)
+    onnx_model = encoder(source, tmp_path / "out", fused=fused)
     ids, mask = padded()
     model: Any = load_model(source)
     with torch.inference_mode():
@@ -106,15 +72,14 @@ def test_fp32_is_what_torch_computes_padded_on_either_side(
     assert not any("feature_map" in tensor.name for tensor in stored)  # folded into the projections
 
 
-@pytest.mark.parametrize("scheme", ["w4-block32", "w8-block32", "w8-dynamic"])
+@pytest.mark.parametrize("scheme", ["w4-block32", "w8-block32", "w8a8-dynamic"])
 def test_quantised(tmp_path: Path, scheme: str) -> None:
-    source = quantised(hybrid(tmp_path), tmp_path / "q", scheme)
-    onnx_model = export(source, tmp_path / "out", "quantized")
-    rounded = json.loads((tmp_path / "out" / "parity.json").read_text())["rounded"]
-    assert rounded["relative_rms"] < 0.1
+    source = quantised(hybrid(tmp_path), tmp_path / "q", SCHEMES[scheme])
+    onnx_model = encoder(source, tmp_path / "out", "quantized")
+    assert rounded(tmp_path / "out")["relative_rms"] < 0.1
     kinds = [kind for _, kind in operators(tmp_path / "out")]
-    assert ("DynamicQuantizeMatMul" if scheme == "w8-dynamic" else "MatMulNBits") in kinds
-    if scheme != "w8-dynamic":  # torch rounds activations as MatMulNBits does
+    assert ("DynamicQuantizeMatMul" if scheme == "w8a8-dynamic" else "MatMulNBits") in kinds
+    if scheme != "w8a8-dynamic":  # torch rounds activations as MatMulNBits does
         ids, mask = padded()
         model: Any = load_quantized_model(source, accuracy_level=4)
         with torch.inference_mode():
@@ -125,8 +90,8 @@ def test_quantised(tmp_path: Path, scheme: str) -> None:
 
 
 def test_int8_has_standard_operators_only(tmp_path: Path) -> None:
-    source = quantised(hybrid(tmp_path), tmp_path / "q", "w8-dynamic")
-    export(source, tmp_path / "out", "quantized", fused=False)
+    source = quantised(hybrid(tmp_path), tmp_path / "q", SCHEMES["w8a8-dynamic"])
+    encoder(source, tmp_path / "out", "quantized", fused=False)
     assert {domain for domain, _ in operators(tmp_path / "out")} == {""}
 
 
@@ -134,5 +99,5 @@ def test_int8_has_standard_operators_only(tmp_path: Path) -> None:
     "architecture", ["BertForMaskedLM", "BertForSequenceClassification", "BertForTokenClassification"]
 )
 def test_every_head(tmp_path: Path, architecture: str) -> None:
-    assert export(hybrid(tmp_path, architecture=architecture), tmp_path / "out").outputs == ("logits",)
+    assert encoder(hybrid(tmp_path, architecture=architecture), tmp_path / "out").outputs == ("logits",)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "hybrid_bert"
