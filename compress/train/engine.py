@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import torch
@@ -23,14 +23,15 @@ from compress.errors import StageFailed
 from compress.stage import Reporter, StageContext
 from compress.train.checkpoints import WEIGHTS, checkpoint_folder
 from compress.train.distributed import is_follower
+from compress.train.generated import train_blocks
+from compress.train.objective import Objective
 from compress.train.options import TrainingOptions
 from compress.train.resumable import step_arguments, train
-from compress.train.trainer import Blocks, Objective, RecoveryTrainer
+from compress.train.trainer import Blocks, Labelled, RecoveryTrainer
+from compress.train.trainer import Ids as Ids
 
 START = "start.safetensors"
 """The student's weights before the first step, inside `work`."""
-
-Ids = np.ndarray[Any, np.dtype[np.int64]]
 
 
 @dataclass(frozen=True)
@@ -53,16 +54,16 @@ class Outcome:
 
 
 def recover(
-    student: PreTrainedModel, teacher: PreTrainedModel | None, train_NT: Ids, eval_NT: Ids,
+    student: PreTrainedModel, teacher: PreTrainedModel | None, train_NT: Ids | Labelled, eval_NT: Ids | Labelled,
     options: TrainingOptions, layer_map: Sequence[tuple[int, int]], work: Path, seed: int, reporter: Reporter,
     rates: Mapping[str, float] | None = None,
 ) -> Outcome:  # fmt: skip
     """Train `student` in place and leave it with the weights of the evaluation with the lowest loss.
 
     The evaluation before the first step counts: where none is better, the student is what it was.
-    train_NT, eval_NT: sequences of tokens. work: survives kills; a training that was killed goes on from the newest
-    complete checkpoint there, to the same weights (on the CPU, bit for bit). layer_map: see Objective. rates:
-    learning rates of parameters that have one of their own, by name.
+    train_NT, eval_NT: sequences of tokens, or padded ones with a label each. work: survives kills; a training that was
+    killed goes on from the newest complete checkpoint there, to the same weights (on the CPU, bit for bit). layer_map:
+    see Objective. rates: learning rates of parameters that have one of their own, by name.
     Raises StageFailed where the loss diverges or the steps can't be divided among the processes.
     """
     if not is_follower():
@@ -88,11 +89,15 @@ def recover(
 
 
 def training_ids(
-    options: TrainingOptions, tokenizer: PreTrainedTokenizerBase, context: StageContext
-) -> tuple[Ids, Ids]:
-    """What to train on and what to judge on, of a pipeline's text. Raises StageFailed where there is too little."""
+    options: TrainingOptions, tokenizer: PreTrainedTokenizerBase, context: StageContext,
+    teacher: Path | None = None, teacher_bits: int | None = None,
+) -> tuple[Ids, Ids]:  # fmt: skip
+    """What to train on, of a pipeline's text or written by the model in `teacher`, and what to judge on, of the text.
+
+    Raises StageFailed where there is too little text, or where the teacher can't write any.
+    """
     length = options.sequence_length
-    train_NT = context.data.blocks("train", tokenizer, length, options.num_tokens)
+    train_NT = train_blocks(options, options.num_tokens, tokenizer, context, teacher, teacher_bits)
     eval_NT = context.data.blocks("eval", tokenizer, length, max(options.eval_tokens, 2 * length))
     if len(eval_NT) < 2:
         what = f"has fewer than two blocks of {length} tokens"

@@ -5,7 +5,7 @@ N tokens, V vocabulary, B sequences, T positions, D hidden size; p is the teache
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, cast
 
 import torch
@@ -15,7 +15,7 @@ from torch.nn import functional as F
 IGNORED = -100
 """The label of a position that does not count."""
 HiddenDistance = Literal["cosine", "mse"]
-PerToken = Callable[..., Tensor]
+PerRow = Callable[..., Tensor]
 
 _NUM_CHUNK_VALUES = 1 << 24  # 64 MB in float32: what one chunk of logits may hold
 
@@ -51,39 +51,38 @@ def hidden_distance(student_BTD: Tensor, teacher_BTD: Tensor, distance: HiddenDi
 
 
 def chunked_sum(
-    per_token: PerToken, student_NV: Tensor, *others: Tensor, num_values: int = _NUM_CHUNK_VALUES
-) -> Tensor:
-    """`per_token(student_NV, *others).sum()` a few tokens at a time, differentiable in `student_NV` alone.
+    per_row: PerRow, learning: Sequence[Tensor], others: Sequence[Tensor], row_values: int,
+    num_values: int = _NUM_CHUNK_VALUES,
+) -> Tensor:  # fmt: skip
+    """`per_row(*learning, *others).sum()` a few rows at a time, differentiable in each of `learning` alone.
 
-    Each chunk's gradient is taken at once, so that beside the logits and one gradient of their size no float32
-    softmax of all N tokens is ever held. `others` have N rows; `num_values` is about how many logits one chunk has.
+    Each chunk's gradient is taken at once, so that beside `learning` and one gradient of its size nothing of the size
+    of all rows' softmax is ever held. All tensors have as many rows; `row_values` is how many float32 values one row
+    takes to compute, `num_values` about how many a chunk may.
     """
-    num_tokens = max(1, num_values // student_NV.shape[-1])
-    total: Tensor = cast(Any, _ChunkedSum).apply(student_NV, per_token, others, num_tokens)
+    num_rows = max(1, num_values // row_values)
+    total: Tensor = cast(Any, _ChunkedSum).apply(per_row, tuple(others), num_rows, *learning)
     return total
 
 
 class _ChunkedSum(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, student_NV: Tensor, per_token: PerToken, others: tuple[Tensor, ...], num_tokens: int
-    ) -> Tensor:
-        wanted: bool = ctx.needs_input_grad[0]
-        total = torch.zeros((), dtype=torch.float32, device=student_NV.device)
-        gradient_NV = torch.empty_like(student_NV) if wanted else None
-        for start in range(0, len(student_NV), num_tokens):
-            rows = slice(start, start + num_tokens)
+    def forward(ctx: Any, per_row: PerRow, others: tuple[Tensor, ...], num_rows: int, *learning: Tensor) -> Tensor:
+        wanted = any(ctx.needs_input_grad)
+        total = torch.zeros((), dtype=torch.float32, device=learning[0].device)
+        gradients = [torch.empty_like(each) for each in learning] if wanted else []
+        for start in range(0, len(learning[0]), num_rows):
+            rows = slice(start, start + num_rows)
             with torch.set_grad_enabled(wanted):
-                chunk_NV = student_NV[rows].detach().requires_grad_(wanted)
-                loss = per_token(chunk_NV, *(other[rows] for other in others)).sum()
+                chunks = [each[rows].detach().requires_grad_(wanted) for each in learning]
+                loss = per_row(*chunks, *(other[rows] for other in others)).sum()
             total += loss.detach()
-            if gradient_NV is not None:
-                (gradient_NV[rows],) = torch.autograd.grad(loss, chunk_NV)
-        if gradient_NV is not None:
-            ctx.save_for_backward(gradient_NV)
+            if wanted:
+                for gradient, chunk in zip(gradients, torch.autograd.grad(loss, chunks), strict=True):
+                    gradient[rows] = chunk
+        ctx.save_for_backward(*gradients)
         return total
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
-        (gradient_NV,) = ctx.saved_tensors
-        return gradient_NV * gradients[0], None, None, None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, None, *(each * gradients[0] for each in ctx.saved_tensors)

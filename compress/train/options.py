@@ -22,11 +22,31 @@ class LossWeights(BaseModel):
     ce: float = Field(0.0, ge=0, description="cross-entropy with the text itself (decoders)")
     hidden: float = Field(0.0, ge=0, description="distance of each layer's output to the teacher's")
     skew_kl: float = Field(0.0, ge=0, description="DistiLLM's KL(p ‖ 0.1p + 0.9q)")
+    attention_map: float = Field(
+        0.0, ge=0, description="KL of what each token attends to, over heads and layers; not of layers with a mixer"
+    )
+    attention_output: float = Field(
+        0.0, ge=0, description="‖s−t‖²/‖t‖² per token of what each layer's attention block gives"
+    )
 
     @property
     def needs_teacher(self) -> bool:
         """Whether anything but the text is learnt from."""
-        return self.kl > 0 or self.hidden > 0 or self.skew_kl > 0
+        return any(weight for name, weight in self if name != "ce")
+
+    def misfits(self, student: ModelShape, teacher: ModelShape) -> Iterator[Problem]:
+        """What can't be compared of two models of these shapes."""
+        if self.attention_map and student.mixers and all(student.mixers):
+            what = "every layer has a mixer in its attention's place, and a mixer has no map"
+            yield Problem("loss.attention_map", what, "use attention_output")
+        if self.attention_map and teacher.num_attention_heads != student.num_attention_heads:
+            what = f"{teacher.num_attention_heads} heads a layer in the teacher, and {student.num_attention_heads} here"
+            yield Problem("loss.attention_map", what, "use attention_output, which compares no heads")
+        if teacher.hidden_size != student.hidden_size:
+            for name in ("hidden", "attention_output"):
+                if getattr(self, name):
+                    what = f"the teacher's layers are {teacher.hidden_size} wide, and the model's {student.hidden_size}"
+                    yield Problem(f"loss.{name}", what, "use kl, which compares logits")
 
 
 class StepOptions(BaseModel):
@@ -34,6 +54,9 @@ class StepOptions(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    data: Literal["text", "generated"] = Field(
+        "text", description="what to train on: the pipeline's train text, or text that the teacher writes (decoders)"
+    )
     tokens: int = Field(100_000, ge=1, description="budget: at most so many tokens are trained on (at least one step)")
     sequence_length: int = Field(256, ge=2, description="tokens of one training sequence")
     batch_size: int = Field(4, ge=1, description="sequences of one optimiser step, over all processes")
@@ -60,6 +83,9 @@ class StepOptions(BaseModel):
         if self.sequence_length > model.max_position_embeddings:
             what = f"{self.sequence_length} is more than the model's {model.max_position_embeddings} positions"
             yield Problem("sequence_length", what)
+        if self.data == "generated" and model.family.kind == "encoder":
+            what = f"{model.model_type} is an encoder, which writes no text"
+            yield Problem("data", what, "use data: text")
 
 
 class AlignOptions(StepOptions):
@@ -100,6 +126,11 @@ class TrainingOptions(StepOptions):
         None, ge=1, description="stop after so many evaluations without a better one"
     )
 
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether a teacher is learnt from, or writes the text."""
+        return self.loss.needs_teacher or self.data == "generated"
+
     def problems(self, model: ModelShape) -> Iterator[Problem]:
         """What does not fit together, or does not fit `model`; `where` is the option's name."""
         if not any(self.loss.model_dump().values()):
@@ -107,6 +138,7 @@ class TrainingOptions(StepOptions):
         if self.loss.ce and model.family.kind == "encoder":
             what = f"{model.model_type} is an encoder, which predicts no next token"
             yield Problem("loss.ce", what, "use kl or hidden")
+        yield from self.loss.misfits(model, model)
         yield from super().problems(model)
         if self.batch_size % self.gradient_accumulation_steps:
             yield Problem(

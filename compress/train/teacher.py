@@ -17,26 +17,11 @@ Options = TypeVar("Options", bound=TrainingOptions)
 
 
 def load_teacher(folder: Path, bits: int | None = None) -> PreTrainedModel:
-    """The model in `folder`: in float32, or its matrices in 4 (NF4) or 8 bits through bitsandbytes."""
-    import torch
+    """The model in `folder` as it is stored, or its matrices in 4 (NF4) or 8 bits through bitsandbytes."""
+    from compress.quant.bnb import device, load_in_bits
+    from compress.quant.load import load_any
 
-    from compress.models.load import auto_class, load_model
-
-    if bits is None:
-        return load_model(folder)
-    import transformers
-
-    library: Any = transformers
-    auto = auto_class(json.loads((folder / "config.json").read_text("utf-8")))
-    quantization = library.BitsAndBytesConfig(
-        load_in_4bit=bits == 4, load_in_8bit=bits == 8, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
-    )
-    model: PreTrainedModel = auto.from_pretrained(
-        folder, dtype=torch.float32, quantization_config=quantization, local_files_only=True,
-        device_map={"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"},
-    )  # fmt: skip
-    model.train(False)
-    return model
+    return load_any(folder, device=device()) if bits is None else load_in_bits(folder, bits)
 
 
 def check_same_vocabulary(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
@@ -54,7 +39,7 @@ def fitting_loss(options: Options, *, has_logits: bool) -> Options:
         return options
     if "loss" in options.model_fields_set:
         raise StageFailed("loss", "the model is a backbone without logits", "use loss: {kl: 0, hidden: 1}")
-    return options.model_copy(update={"loss": LossWeights(kl=0, ce=0, hidden=1, skew_kl=0)})
+    return options.model_copy(update={"loss": LossWeights.model_validate({"kl": 0.0, "hidden": 1.0})})
 
 
 def layer_map(num_student: int, num_teacher: int, dropped: Collection[int] = ()) -> Sequence[tuple[int, int]]:

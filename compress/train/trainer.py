@@ -12,79 +12,67 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import EvalPrediction, PreTrainedModel, TrainingArguments
 
-from compress.errors import StageFailed
-from compress.train.losses import (
-    IGNORED,
-    HiddenDistance,
-    chunked_sum,
-    cross_entropy,
-    forward_kl,
-    hidden_distance,
-    skew_kl,
-)
-from compress.train.options import LossWeights
+from compress.train.attention import Watch, watches
+from compress.train.losses import IGNORED, cross_entropy, forward_kl
+from compress.train.objective import Objective, Said, item_logits
 from compress.train.resumable import ResumableTrainer, optimizer_with_rates
 
 FIGURES = ("loss", "kl", "ce", "top1_agreement")
-"""What is evaluated of every sequence, each a mean over its tokens; `nan` for those a model without logits lacks."""
+"""What is evaluated of every sequence, each a mean over its items; `nan` for those a model without logits lacks."""
+
+Ids = np.ndarray[Any, np.dtype[np.int64]]
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Padded sequences (num, T), 1 in `mask_NT` where a token is no padding, and each one's class (num,)."""
+
+    ids_NT: Ids
+    mask_NT: Ids
+    labels_N: Ids
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(num, T)."""
+        return tuple(self.ids_NT.shape)
+
+    def __len__(self) -> int:
+        return len(self.ids_NT)
+
+    def __getitem__(self, rows: slice) -> Labelled:
+        return Labelled(self.ids_NT[rows], self.mask_NT[rows], self.labels_N[rows])
 
 
 class Blocks(Dataset[dict[str, Tensor]]):
-    """Sequences of tokens (num, T) in the order of `rows`; `labels` hold the token after each one."""
+    """Sequences in the order of `rows`: of text (num, T), whose `labels` are the token after each one, or Labelled."""
 
-    def __init__(self, ids_NT: np.ndarray[Any, np.dtype[np.int64]], rows: Sequence[int]) -> None:
-        self._ids_NT = ids_NT
+    def __init__(self, sequences: Ids | Labelled, rows: Sequence[int]) -> None:
+        self._sequences = sequences
         self._rows = rows
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        ids_T = torch.from_numpy(self._ids_NT[self._rows[index]])
-        labels_T = torch.cat([ids_T[1:], torch.tensor([IGNORED])])
-        return {"input_ids": ids_T, "labels": labels_T}
+        row, sequences = self._rows[index], self._sequences
+        if isinstance(sequences, Labelled):
+            columns = {"input_ids": sequences.ids_NT, "attention_mask": sequences.mask_NT, "labels": sequences.labels_N}
+            return {name: torch.as_tensor(column[row]) for name, column in columns.items()}
+        ids_T = torch.from_numpy(sequences[row])
+        return {"input_ids": ids_T, "labels": torch.cat([ids_T[1:], torch.tensor([IGNORED])])}
 
 
-@dataclass(frozen=True)
-class Objective:
-    """What is minimised, summed over tokens."""
-
-    weights: LossWeights
-    temperature: float
-    hidden_distance: HiddenDistance
-    layer_map: Sequence[tuple[int, int]] = ()
-    """Pairs of (student, teacher) indices into `hidden_states`, where 0 is the embedding's output."""
-
-    def per_token(self, student_NV: Tensor, teacher_NV: Tensor, labels_N: Tensor) -> Tensor:
-        """(N,): the weighted losses on logits; 0 where the label is IGNORED."""
-        loss_N = torch.zeros(len(labels_N), device=student_NV.device)
-        if self.weights.kl:
-            loss_N = loss_N + self.weights.kl * forward_kl(student_NV, teacher_NV, self.temperature)
-        if self.weights.skew_kl:
-            loss_N = loss_N + self.weights.skew_kl * skew_kl(student_NV, teacher_NV)
-        if self.weights.ce:
-            loss_N = loss_N + self.weights.ce * cross_entropy(student_NV, labels_N)
-        return loss_N * (labels_N != IGNORED)
-
-    def total(self, student: Any, teacher: Any, labels_BT: Tensor) -> Tensor:
-        """The sum over all tokens of one batch, given both models' outputs (`teacher` is None for `ce` alone)."""
-        total = torch.zeros((), device=labels_BT.device)
-        if self.weights.kl or self.weights.skew_kl or self.weights.ce:
-            student_NV = token_logits(student, labels_BT)
-            teacher_NV = student_NV.detach() if teacher is None else token_logits(teacher, labels_BT)
-            total = total + chunked_sum(self.per_token, student_NV, teacher_NV, labels_BT.flatten())
-        if self.weights.hidden:
-            counted_BT = labels_BT != IGNORED
-            distances_LBT = [
-                hidden_distance(student.hidden_states[i], teacher.hidden_states[j], self.hidden_distance)
-                for i, j in self.layer_map
-            ]
-            total = total + self.weights.hidden * (torch.stack(distances_LBT).mean(0) * counted_BT).sum()
-        return total
+def _batch(rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The rows together, without the columns at the end that are padding in all of them."""
+    columns = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+    if "attention_mask" in columns:
+        length = int(columns["attention_mask"].any(0).nonzero().max()) + 1
+        columns = {name: each[:, :length] if each.dim() == 2 else each for name, each in columns.items()}
+    return columns
 
 
 class RecoveryTrainer(ResumableTrainer):
-    """Trains a student towards a teacher. The loss is the mean per token of a step, whatever the step is split into."""
+    """Trains a student towards a teacher. The loss is the mean per item of a step, whatever the step is split into."""
 
     loss_is_scaled_for_ga = True
 
@@ -97,11 +85,12 @@ class RecoveryTrainer(ResumableTrainer):
             rated = ((each, rates.get(name, args.learning_rate)) for name, each in student.named_parameters())
             optimizer = optimizer_with_rates(args, rated)
         super().__init__(
-            model=student, args=args, train_dataset=train, eval_dataset=evaluation, compute_metrics=_summary,
-            optimizer_cls_and_kwargs=optimizer,
+            model=student, args=args, train_dataset=train, eval_dataset=evaluation, data_collator=_batch,
+            compute_metrics=_summary, optimizer_cls_and_kwargs=optimizer,
         )  # fmt: skip
         self._teacher = teacher
         self._objective = objective
+        self._watches = watches(student, teacher, objective.weights, objective.layer_map)
         self._options: dict[str, bool] = {"output_hidden_states": objective.weights.hidden > 0}
         if not student.config.is_encoder_decoder and hasattr(student, "generate"):
             self._options["use_cache"] = False
@@ -109,7 +98,7 @@ class RecoveryTrainer(ResumableTrainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor]:
-        """The batches of one step and the number of tokens in them, over all processes."""
+        """The batches of one step and the number of items in them, over all processes."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         counted = sum((batch["labels"] != IGNORED).sum() for batch in batches)
         return batches, self.accelerator.gather(torch.as_tensor(counted, device=device)).sum()
@@ -118,11 +107,13 @@ class RecoveryTrainer(ResumableTrainer):
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:  # fmt: skip
-        """This part's share of the step's mean per token; DDP averages over processes, which is undone here."""
+        """This part's share of the step's mean per item; DDP averages over processes, which is undone here."""
         student, teacher = self._outputs(model, inputs)
         assert num_items_in_batch is not None
-        loss = self._objective.total(student, teacher, inputs["labels"]) / num_items_in_batch
+        loss = self._objective.total(student, teacher, inputs) / num_items_in_batch
         loss = loss * self.accelerator.num_processes
+        if self.accelerator.num_processes > 1:
+            loss = loss + 0 * student.last.sum()  # DDP waits for a gradient of every parameter
         return (loss, student) if return_outputs else loss
 
     def prediction_step(
@@ -134,57 +125,42 @@ class RecoveryTrainer(ResumableTrainer):
         with torch.no_grad(), self.compute_loss_context_manager():
             student, teacher = self._outputs(model, inputs)
             figures_BF = torch.stack([
-                self._figures(_row(student, i), _row(teacher, i), labels_1T)
-                for i, labels_1T in enumerate(inputs["labels"][:, None])
+                self._figures(
+                    student.row(i), teacher and teacher.row(i), {name: each[i : i + 1] for name, each in inputs.items()}
+                )
+                for i in range(len(inputs["labels"]))
             ])  # fmt: skip
         return None, figures_BF, figures_BF
 
-    def _outputs(self, model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Any, Any]:
-        student = model(input_ids=inputs["input_ids"], **self._options)
+    def _outputs(self, model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Said, Said | None]:
+        student = self._said(model, self._watches[0], inputs)
         if self._teacher is None:
             return student, None
         with torch.no_grad(), self.accelerator.autocast():
-            return student, self._teacher(input_ids=inputs["input_ids"], **self._options)
+            return student, self._said(self._teacher, self._watches[1], inputs)
 
-    def _figures(self, student: Any, teacher: Any, labels_1T: Tensor) -> Tensor:
-        counted_N = labels_1T.flatten() != IGNORED
-        loss = self._objective.total(student, teacher, labels_1T) / counted_N.sum()
+    def _said(self, model: nn.Module, watch: Watch, inputs: dict[str, Tensor]) -> Said:
+        given = {name: each for name, each in inputs.items() if name != "labels"}
+        with watch.noting() as noted:
+            output = model(**given, **self._options)
+        scores = [noted.scores[layer] for layer in watch.maps]
+        attended = [noted.outputs[layer] for layer in watch.outputs]
+        return Said(output[0], "logits" in output, output.get("hidden_states") or (), scores, attended)
+
+    def _figures(self, student: Said, teacher: Said | None, batch: dict[str, Tensor]) -> Tensor:
+        labels_N = batch["labels"].flatten()
+        counted_N = labels_N != IGNORED
+        loss = self._objective.total(student, teacher, batch) / counted_N.sum()
         kl = ce = agreement = loss.new_tensor(float("nan"))
-        if "logits" in student:
-            student_NV = token_logits(student, labels_1T)[counted_N]
-            if student.logits.dim() == 3:
-                ce = cross_entropy(student_NV, labels_1T.flatten()[counted_N]).mean()
+        if student.has_logits:
+            student_NV = item_logits(student, batch["labels"])[counted_N]
+            if student.last.dim() == batch["labels"].dim() + 1:
+                ce = cross_entropy(student_NV, labels_N[counted_N]).mean()
             if teacher is not None:
-                teacher_NV = token_logits(teacher, labels_1T)[counted_N]
+                teacher_NV = item_logits(teacher, batch["labels"])[counted_N]
                 kl = forward_kl(student_NV, teacher_NV).mean()
                 agreement = (student_NV.argmax(-1) == teacher_NV.argmax(-1)).float().mean()
         return torch.stack([loss, kl, ce, agreement])
-
-
-def token_logits(output: Any, labels_BT: Tensor) -> Tensor:
-    """(B·T, V) logits. A classifier's (B, V) count at every token of their sequence.
-
-    Raises StageFailed where the model has no head.
-    """
-    if "logits" not in output:
-        raise StageFailed("loss", "this model has no logits", "use loss: {kl: 0, hidden: 1}, or name its head")
-    logits: Tensor = output.logits
-    if logits.dim() == 2:
-        logits = logits[:, None].expand(-1, labels_BT.shape[1], -1)
-    return logits.flatten(0, 1)
-
-
-def _row(output: Any, index: int) -> Any:
-    """One sequence of a batch of outputs."""
-    if output is None:
-        return None
-    part = type(output)()
-    for name in ("logits", "last_hidden_state"):
-        if output.get(name) is not None:
-            part[name] = output[name][index : index + 1]
-    if output.get("hidden_states") is not None:
-        part["hidden_states"] = tuple(hidden[index : index + 1] for hidden in output["hidden_states"])
-    return part
 
 
 def _summary(prediction: EvalPrediction) -> dict[str, float]:

@@ -29,6 +29,8 @@ from compress.stages.convert.stage import TEACHER, ConvertAttention, HybridTrain
 from compress.train.align import Aligned, align
 from compress.train.distributed import is_follower
 from compress.train.engine import Ids, Outcome, place, recover, training_ids
+from compress.train.generated import train_blocks
+from compress.train.options import AlignOptions
 from compress.train.precision import uses_bf16
 from compress.train.teacher import check_same_vocabulary, fitting_loss, layer_map, load_teacher
 
@@ -84,18 +86,19 @@ def prepare(options: ConvertAttention, context: StageContext) -> Job:
     num_tokens = options.align.num_tokens if options.align else 0
     if chosen is None and options.select == "kl":
         num_tokens = max(num_tokens, options.kl_tokens)
-    ids = _held_out(num_tokens, held_tokens, options.block_length, tokenizer, context)
-    distill_ids = training_ids(options.distill, tokenizer, context) if options.distill else None
-    return Job(options, chosen, context.input.path, teacher.path, *ids, distill_ids, context.work, context.seed)
+    align_ids = _held_out(options.align_options, num_tokens, held_tokens, tokenizer, context)
+    distill_ids = training_ids(options.distill, tokenizer, context, teacher.path) if options.distill else None
+    return Job(options, chosen, context.input.path, teacher.path, *align_ids, distill_ids, context.work, context.seed)
 
 
 def _held_out(
-    num_tokens: int, held_tokens: int, length: int, tokenizer: PreTrainedTokenizerBase, context: StageContext
+    options: AlignOptions, num_tokens: int, held_tokens: int, tokenizer: PreTrainedTokenizerBase, context: StageContext
 ) -> tuple[Ids, Ids]:
-    """Blocks of the train split to train on, and others, evenly spaced between them, to judge on."""
+    """Blocks to train on, and others, evenly spaced between them, to judge on."""
+    length = options.sequence_length
     if not num_tokens + held_tokens:
         return np.empty((0, length), np.int64), np.empty((0, length), np.int64)
-    blocks_NT = context.data.blocks("train", tokenizer, length, num_tokens + held_tokens)
+    blocks_NT = train_blocks(options, num_tokens + held_tokens, tokenizer, context, context.inputs[TEACHER].path)
     num_held = min(held_tokens // length, len(blocks_NT) // 2 if num_tokens else len(blocks_NT))
     if held_tokens and not num_held:
         what = f"has one block of {length} tokens, and another is needed to judge on"

@@ -54,7 +54,7 @@ class ConvertAttention(Stage):
     summary: ClassVar[str] = "give layers linear attention, Mamba-2 or a sliding window in place of softmax attention"
     accepts: ClassVar[frozenset[Format]] = frozenset({"torch"})
     returns: ClassVar[Format] = "torch"
-    data: ClassVar[frozenset[Literal["train", "eval"]]] = frozenset({"train", "eval"})
+    splits: ClassVar[frozenset[Literal["train", "eval"]]] = frozenset({"train", "eval"})
     seeded: ClassVar[bool] = True
     example: ClassVar[Mapping[str, Any]] = {"to": "linear", "convert": 1}
 
@@ -173,7 +173,12 @@ class ConvertAttention(Stage):
     @property
     def block_length(self) -> int:
         """Tokens of a block that is aligned or judged on."""
-        return (self.align or _ALIGN).sequence_length
+        return self.align_options.sequence_length
+
+    @property
+    def align_options(self) -> AlignOptions:
+        """How blocks for alignment are made, also where only judging needs them."""
+        return self.align or _ALIGN
 
     @property
     def num_seen(self) -> int:

@@ -67,7 +67,7 @@ def test_chunked_sum_has_the_naive_value_and_gradient(logits, loss, num_values):
     student, teacher = logits
     naive, chunked = student.clone().requires_grad_(), student.clone().requires_grad_()
     expected = loss(naive, teacher).sum()
-    value = chunked_sum(loss, chunked, teacher, num_values=num_values)
+    value = chunked_sum(loss, [chunked], [teacher], VOCAB, num_values)
     (0.3 * expected).backward()
     (0.3 * value).backward()
     assert value.item() == pytest.approx(expected.item(), rel=1e-6)
@@ -77,7 +77,7 @@ def test_chunked_sum_has_the_naive_value_and_gradient(logits, loss, num_values):
 def test_chunked_sum_without_a_gradient(logits):
     student, teacher = logits
     with torch.no_grad():
-        value = chunked_sum(forward_kl, student, teacher, num_values=1)
+        value = chunked_sum(forward_kl, [student], [teacher], VOCAB, 1)
     assert not value.requires_grad
     assert value.item() == pytest.approx(forward_kl(student, teacher).sum().item(), rel=1e-6)
 
@@ -85,7 +85,7 @@ def test_chunked_sum_without_a_gradient(logits):
 def test_chunked_sum_in_low_precision_computes_in_float32(logits):
     student, teacher = (tensor.bfloat16() for tensor in logits)
     expected = forward_kl(student.float(), teacher.float()).sum().item()
-    value = chunked_sum(forward_kl, student.requires_grad_(), teacher, num_values=2 * VOCAB)
+    value = chunked_sum(forward_kl, [student.requires_grad_()], [teacher], VOCAB, 2 * VOCAB)
     value.backward()
     assert value.item() == pytest.approx(expected, rel=1e-5)
     assert student.grad.dtype == torch.bfloat16

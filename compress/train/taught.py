@@ -1,0 +1,123 @@
+"""What stages that train towards a teacher have in common: who it is, what fits it, and what is told of the result.
+
+Imports no torch unless asked for a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from compress.errors import InvalidInput, Problem, StageFailed
+from compress.models.anatomy import ModelShape, shape_of
+from compress.quant.bnb import METHOD, misfits
+from compress.stage import SOURCE, Ref, StageContext
+from compress.train.options import LossWeights, TrainingOptions
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from compress.models.sources import Source
+    from compress.train.engine import Ids
+
+TEACHER = "teacher"
+_FIGURES = {
+    "loss": "eval_loss", "kl": "kl_to_teacher", "ce": "cross_entropy", "top1_agreement": "agreement_with_teacher",
+}  # fmt: skip
+
+
+class TaughtOptions(TrainingOptions):
+    """Keys of the recovery engine and of its teacher."""
+
+    teacher: str = Field(SOURCE, description="source, or the id of an earlier stage")
+    teacher_model: str | None = Field(
+        None,
+        description="another model with the same tokenizer, in teacher's place: a source, as `model` names one, or a "
+        "folder that `quantize` wrote with a bnb- scheme",
+    )
+    teacher_bits: Literal[4, 8] | None = Field(None, description="load the teacher in 4 or 8 bits by bitsandbytes")
+
+    @property
+    def teachers(self) -> Mapping[str, Ref]:
+        """The teacher by its role, where it is a stage of this pipeline and one is needed."""
+        return {TEACHER: Ref(self.teacher)} if self.needs_teacher and self.teacher_model is None else {}
+
+    def problems(self, model: ModelShape) -> Iterator[Problem]:
+        """What does not fit together, or does not fit `model` or its teacher; `where` is the option's name."""
+        yield from super().problems(model)
+        if self.teacher_bits is not None:
+            yield from misfits("teacher_bits", self.teacher_bits, model)
+        if self.teacher_model is not None:
+            yield from _teacher_problems(self.teacher_model, model, self.loss)
+
+    def twin_options(self) -> dict[str, object]:
+        """Changes that make a training two steps long, with the pipeline's own random twin for a teacher."""
+        return {**super().twin_options(), "teacher_model": None, "teacher_bits": None}
+
+    def lessons(self, context: StageContext) -> tuple[Path | None, Ids, Ids]:
+        """The teacher to learn from, None where none is needed, and what to train on and to judge on.
+
+        Raises StageFailed where there is too little text, or for a teacher that is no torch model or whose tokenizer
+        is another one.
+        """
+        from compress.models.load import load_tokenizer
+        from compress.train.engine import training_ids
+        from compress.train.teacher import check_same_vocabulary
+
+        teacher = self._teacher_folder(context)
+        tokenizer = load_tokenizer(context.input.path)
+        if teacher is not None:
+            check_same_vocabulary(tokenizer, load_tokenizer(teacher))
+        ids = training_ids(self, tokenizer, context, teacher, self.teacher_bits)
+        return teacher if self.loss.needs_teacher else None, *ids
+
+    def _teacher_folder(self, context: StageContext) -> Path | None:
+        if self.teacher_model is not None:
+            return _source(self.teacher_model).fetch(context.reporter)
+        artifact = context.inputs.get(TEACHER)
+        if artifact is not None and artifact.format != "torch":
+            what = f"{self.teacher!r} is of the format {artifact.format}"
+            raise StageFailed(TEACHER, what, "name a stage that returns a torch model")
+        return artifact.path if artifact else None
+
+
+def answering_layers(student: PreTrainedModel, teacher: PreTrainedModel | None, folder: Path) -> list[tuple[int, int]]:
+    """Which of the teacher's hidden states each of the student's, loaded from `folder`, shall be like."""
+    from compress.models.parts import Parts
+    from compress.train.teacher import dropped_layers, layer_map
+
+    if teacher is None:
+        return []
+    return list(layer_map(len(Parts(student).layers), len(Parts(teacher).layers), dropped_layers(folder)))
+
+
+def figures(evaluation: Mapping[str, float]) -> dict[str, float]:
+    """An evaluation of the engine's log, in the words of a report."""
+    named = {}
+    for short, name in _FIGURES.items():
+        if f"eval_{short}" in evaluation:
+            named[name], named[f"{name}_se"] = evaluation[f"eval_{short}"], evaluation[f"eval_{short}_se"]
+    return named
+
+
+def _teacher_problems(text: str, model: ModelShape, loss: LossWeights) -> Iterator[Problem]:
+    try:
+        config = _source(text).config()
+        teacher = model if config is None else shape_of(config, "teacher_model")
+    except InvalidInput as error:
+        yield from error.problems
+        return
+    if teacher.vocab_size != model.vocab_size:
+        what = f"has a vocabulary of {teacher.vocab_size} tokens, and the model {model.vocab_size}"
+        yield Problem("teacher_model", what, "choose a teacher with the same tokenizer")
+    yield from loss.misfits(model, teacher)
+
+
+def _source(teacher_model: str) -> Source:
+    """Where that teacher comes from; its weights may be bitsandbytes'."""
+    from compress.models.sources import parse_source
+
+    return parse_source(teacher_model, "teacher_model", readable=(METHOD,))

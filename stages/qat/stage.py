@@ -1,0 +1,151 @@
+"""`qat`: train a model through its own quantisation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import pairwise
+from typing import ClassVar, Literal, Self
+
+from pydantic import Field
+
+from compress.artifact import Format, Metrics
+from compress.errors import Problem
+from compress.models.anatomy import ModelShape
+from compress.quant.options import QuantizeOptions, SchemeKey
+from compress.quant.schemes import SCHEMES, Scheme
+from compress.stage import Ref, Stage, StageContext
+from compress.train.taught import TaughtOptions, figures
+
+
+class Qat(TaughtOptions, QuantizeOptions, Stage):
+    """Trains the weights, and how they are rounded, towards a teacher, in the arithmetic that will be exported.
+
+    Starts from what `quantize` makes with the same options, whose codes the first evaluation is of: where training
+    makes nothing better, they come out. What comes out is what the best evaluation computed with, and the export takes
+    it as it is: integer codes around an integer zero point, so ParetoQ's stretched levels are none of them. Norms,
+    biases and what stays float32 are trained too. Goes on after a kill, and stops where it diverges, as `distill` does.
+    """
+
+    name: ClassVar[str] = "qat"
+    summary: ClassVar[str] = "train through the quantisation (straight-through, LSQ), towards a teacher"
+    accepts: ClassVar[frozenset[Format]] = frozenset({"torch"})
+    returns: ClassVar[Format] = "quantized"
+    splits: ClassVar[frozenset[Literal["train", "eval"]]] = frozenset({"train", "eval"})
+    seeded: ClassVar[bool] = True
+
+    learn: Literal["weights", "scales", "both"] = Field(
+        "both",
+        description="weights: scales stay as they were found; scales: codes do, and only scales and what is not "
+        "quantised are trained; both: LSQ, with zero points where there are any",
+    )
+    scale_learning_rate: float = Field(
+        1e-3, gt=0, le=1,
+        description="peak learning rate of scales, as a share of each tensor's median scale; zero points move by such "
+        "a share of all codes",
+    )  # fmt: skip
+    warm_start: tuple[SchemeKey, ...] = Field(
+        (), description="schemes with more levels to train through first, [w8-block32, w4-block32]; tokens are divided"
+    )
+    accuracy_level: Literal[0, 4] = Field(
+        0, description="4: activations of block-wise projections are rounded as MatMulNBits does at this level, too"
+    )
+    calibration_tokens: int = Field(8192, ge=0, description="training tokens that the start is fitted on")
+
+    def inputs(self) -> Mapping[str, Ref]:
+        """The teacher, where it is a stage of this pipeline and one is needed."""
+        return self.teachers
+
+    def check(self, model: ModelShape) -> Iterator[Problem]:
+        """What does not fit together, or does not fit the model or its teacher."""
+        yield from self.problems(model)
+        for problem in self.start().problems(model):
+            if problem.where != "sequence_length":  # said already
+                yield replace(problem, where="calibration_tokens") if problem.where == "tokens" else problem
+        if self.learn == "weights" and "scale_learning_rate" in self.model_fields_set:
+            yield Problem("scale_learning_rate", "has no say where learn is weights", "remove it")
+        if "calibration_tokens" in self.model_fields_set and not self.start().needs_text:
+            yield Problem(
+                "calibration_tokens", "has no say where weights are rounded to nearest without text", "remove it"
+            )
+        if self.accuracy_level and not self.base.blockwise:
+            what = f"MatMulNBits has accuracy levels, and {self.scheme} is not for it"
+            yield Problem("accuracy_level", what, "remove it")
+        yield from self._warm_start_problems()
+
+    def start(self, scheme: SchemeKey | None = None) -> QuantizeOptions:
+        """How the model is quantised that training starts from: by these options, or with another scheme."""
+        own = {name: getattr(self, name) for name in QuantizeOptions.model_fields if name in self.model_fields_set}
+        own |= {"tokens": self.calibration_tokens, "sequence_length": self.sequence_length}
+        return QuantizeOptions.model_validate({**own, "scheme": scheme or self.scheme})
+
+    def phases(self) -> Sequence[tuple[SchemeKey, Self]]:
+        """The schemes that are trained through, each with its options; the tokens are divided among them."""
+        schemes = (*self.warm_start, self.scheme)
+        each = self.num_steps // len(schemes)
+        steps = [each] * len(self.warm_start) + [self.num_steps - each * len(self.warm_start)]
+        tokens = self.batch_size * self.sequence_length
+        return [
+            (scheme, self.model_copy(update={"tokens": num * tokens}))
+            for scheme, num in zip(schemes, steps, strict=True)
+        ]
+
+    def weight_bytes(self, model: ModelShape, before: float) -> float:
+        """What is written with these options."""
+        return self.stored_bytes(model)
+
+    def twin(self) -> Self:
+        """Two steps of each phase on short blocks, with the pipeline's own random twin for a teacher."""
+        small = self.twin_options()
+        tokens = int(str(small["tokens"])) * (1 + len(self.warm_start))
+        return self.model_copy(update={**small, "tokens": tokens, "calibration_tokens": 64})
+
+    def run(self, context: StageContext) -> Metrics:
+        """Train, and write codes and scales with `history.json`, `loss.png` and `tensorboard/`, of warm starts too.
+
+        The figures of `start` are those of the quantised model before the first step.
+        """
+        from compress.quant.store import save_quantized
+        from compress.stages.qat.training import prepare, train
+        from compress.train.distributed import everywhere
+        from compress.train.record import write_record
+        from compress.train.resumable import EVENTS
+
+        trained = everywhere(train, prepare(self, context), context.reporter)
+        save_quantized(trained.model, trained.tensors, self.base, context.input.path, context.out)
+        for folder, outcome in trained.outcomes.items():
+            out = context.out if outcome is trained.last else context.out / folder.name
+            out.mkdir(exist_ok=True)
+            write_record(outcome.log, outcome.best_step, folder / EVENTS, out)
+        num_weights = sum(tensor.codes.numel() for tensor in trained.tensors.values())
+        num_bits = sum(8 * part.nbytes for tensor in trained.tensors.values() for part in tensor.pack().values())
+        return {
+            "result": {
+                "train_tokens": sum(outcome.num_tokens for outcome in trained.outcomes.values()),
+                "bits_per_weight": num_bits / num_weights, **figures(trained.last.best),
+            },
+            "start": figures(trained.last.first),
+        }  # fmt: skip
+
+    def _warm_start_problems(self) -> Iterator[Problem]:
+        if not self.warm_start:
+            return
+        if self.learn == "scales":
+            yield Problem("warm_start", "has no say where learn is scales: codes stay as they are", "remove it")
+        schemes = [SCHEMES[name] for name in (*self.warm_start, self.scheme)]
+        if any(scheme.activations != schemes[-1].activations for scheme in schemes):
+            yield Problem("warm_start", f"not every scheme rounds activations as {self.scheme} does", "w8-block32, …")
+        elif any(_levels(wide) <= _levels(narrow) for wide, narrow in pairwise(schemes)):
+            listed = ", ".join(scheme.name for scheme in schemes)
+            yield Problem(
+                "warm_start",
+                f"each scheme must have fewer levels than the one before: {listed}",
+                "put wider ones first",
+            )
+        if self.num_steps < len(schemes):
+            what = f"{self.num_steps} steps can't be divided among {len(schemes)} schemes"
+            yield Problem("tokens", what, f"at least {len(schemes) * self.batch_size * self.sequence_length}")
+
+
+def _levels(scheme: Scheme) -> int:
+    return scheme.limits[1] - scheme.limits[0] + 1
