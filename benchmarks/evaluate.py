@@ -26,7 +26,7 @@ class Evaluate(Stage):
     summary: ClassVar[str] = "perplexity, KL and top-1 agreement against the source, with standard errors"
     accepts: ClassVar[frozenset[Format]] = frozenset({"torch", "quantized", "onnx"})
     returns: ClassVar[Format] = "measurement"
-    data: ClassVar[frozenset[Literal["train", "eval"]]] = frozenset({"eval"})
+    splits: ClassVar[frozenset[Literal["train", "eval"]]] = frozenset({"eval"})
 
     tokens: int = Field(8192, ge=8, description="tokens of the eval split that are read")
     sequence_length: int = Field(256, ge=4, description="tokens in one block; each block is read on its own")

@@ -20,7 +20,7 @@ from pathlib import Path
 from compress.benchmarks.environment import environment, pick_cpus
 from compress.report.tables import Table, as_markdown
 
-_CLI = (sys.executable, "-c", "from compress.cli.main import main; main()")
+CLI = (sys.executable, "-c", "from compress.cli.main import main; main()")
 
 _WATCHER = """
 import resource, subprocess, sys, time
@@ -56,9 +56,9 @@ def measure(model: str, export_format: str, threads: int, scratch: Path) -> Iter
         "stages": [{"export-onnx": {"format": export_format}}],
     }  # fmt: skip
     file.write_text(json.dumps(pipeline), "utf-8")  # JSON is YAML
-    checks = [cost_of((*_CLI, "check", str(file)), scratch) for _ in range(5)]
+    checks = [cost_of((*CLI, "check", str(file)), scratch) for _ in range(5)]
     yield f"check ({export_format})", sorted(checks, key=lambda cost: cost.seconds)[2]
-    run = (*_CLI, "run", str(file), "--runs", str(scratch / "runs"), "--no-twin")
+    run = (*CLI, "run", str(file), "--runs", str(scratch / "runs"), "--no-twin")
     yield f"run: export {export_format}", cost_of(run, scratch)
     yield f"run again, all cached ({export_format})", cost_of(run, scratch)
 

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from compress.benchmarks.evaluation import Evaluation, evaluate, questions
+from compress.benchmarks.evaluation import Evaluation, Question, evaluate, questions
 from compress.benchmarks.haystack import Haystack
 from compress.benchmarks.quality import Ints
 from compress.benchmarks.recall import Recall
 from compress.benchmarks.recollection import recollect
-from compress.benchmarks.scorers import logits_of, open_scorer, task_of
+from compress.benchmarks.scorers import Task, logits_of, open_scorer, task_of
 from compress.data.text import TextData
 from compress.errors import StageFailed
 from compress.models.load import load_tokenizer
@@ -36,21 +36,17 @@ def judge(
     """
     task = task_of(reference or subject)
     tokenizer = load_tokenizer(reference or subject)
-    inner = sequence_length if task == "causal" else sequence_length - 2
-    blocks_NT = _blocks(data, tokenizer, inner, max_tokens, "sequence_length")
+    asked = asked_of(data, tokenizer, task, sequence_length, max_tokens)
     if reference is not None and not _same_tokenizer_file(subject, reference):
-        theirs_NT = data.blocks("eval", load_tokenizer(subject), inner, max_tokens)
-        if not np.array_equal(blocks_NT, theirs_NT):
+        theirs = asked_of(data, load_tokenizer(subject), task, sequence_length, max_tokens)
+        if [question.ids_T.tolist() for question in asked] != [question.ids_T.tolist() for question in theirs]:
             raise StageFailed("evaluate", f"the tokenizers of {subject} and {reference} differ", "use the same one")
-    if task != "causal":
-        blocks_NT = _with_edges(blocks_NT, tokenizer)
     # before any model is loaded: the text may be too short
     material = None if recall is None else _material(data, tokenizer, recall)
     score = open_scorer(subject, task, threads=threads)
     beside = score if reference == subject else None
     if reference is not None and beside is None:
         beside = open_scorer(reference, task, threads=threads)
-    asked = questions(blocks_NT, task, tokenizer.mask_token_id)
     with reporter.progress("evaluate", len(asked)) as advance:
         found = evaluate(score, beside, asked, task, advance)
     if recall is None or material is None:
@@ -64,6 +60,20 @@ def compare(subject: nn.Module, reference: nn.Module, blocks_NT: Ints) -> Evalua
     asked = questions(blocks_NT, "causal")
     with Reporter().progress("compare", len(asked)) as advance:
         return evaluate(logits_of(subject), logits_of(reference), asked, "causal", advance)
+
+
+def asked_of(
+    data: TextData, tokenizer: PreTrainedTokenizerBase, task: Task, sequence_length: int, max_tokens: int
+) -> list[Question]:
+    """Blocks of the eval text as questions, each between an encoder's first and last token where it has them.
+
+    Raises StageFailed where the text makes fewer than two.
+    """
+    inner = sequence_length if task == "causal" else sequence_length - 2
+    blocks_NT = _blocks(data, tokenizer, inner, max_tokens, "sequence_length")
+    if task != "causal":
+        blocks_NT = _with_edges(blocks_NT, tokenizer)
+    return questions(blocks_NT, task, tokenizer.mask_token_id)
 
 
 def _blocks(data: TextData, tokenizer: PreTrainedTokenizerBase, length: int, max_tokens: int, option: str) -> Ints:

@@ -143,24 +143,25 @@ def _table(results: Sequence[Mapping[str, Any]], text: str) -> Iterator[str]:
     for method, found in by_method.items():
         if not found:
             continue
-        kl_N, agreement_N, ce_N = (_per_block(found, text, name) for name in FIGURES)
+        kl_N, agreement_N, ce_N = (per_block(found, text, name) for name in FIGURES)
         cells = [
             method, " ".join(map(str, found[0]["dropped"])), str(len(found)), f"{np.exp(ce_N.mean()):.2f}",
-            _plus_minus(kl_N), _plus_minus(agreement_N),
+            plus_minus(kl_N), plus_minus(agreement_N),
         ]  # fmt: skip
         for name, values_N in (("kl", kl_N), ("top1_agreement", agreement_N)):
             base = by_method[reference] if method != reference else []
-            cells.append(_plus_minus(values_N - _per_block(base, text, name)) if base else "")
+            cells.append(plus_minus(values_N - per_block(base, text, name)) if base else "")
         yield f"| {' | '.join([*cells, format(np.mean([r['seconds'] for r in found]), '.0f')])} |"
 
 
-def _per_block(found: Sequence[Mapping[str, Any]], text: str, name: str) -> np.ndarray[Any, np.dtype[np.float64]]:
+def per_block(found: Sequence[Mapping[str, Any]], text: str, name: str) -> np.ndarray[Any, np.dtype[np.float64]]:
     """(num_blocks,): the mean over seeds of a figure."""
     values_SN = np.array([result["figures"][text][name] for result in found], dtype=np.float64)
     return np.asarray(values_SN.mean(0))
 
 
-def _plus_minus(values_N: np.ndarray[Any, np.dtype[np.float64]]) -> str:
+def plus_minus(values_N: np.ndarray[Any, np.dtype[np.float64]]) -> str:
+    """Their mean and its standard error."""
     return f"{values_N.mean():.4f} ± {values_N.std(ddof=1) / len(values_N) ** 0.5:.4f}"
 
 

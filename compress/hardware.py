@@ -14,6 +14,8 @@ from typing import Any
 
 from compress import __version__
 
+VECTOR_FLAGS = ("avx", "amx", "asimd", "neon", "sve")
+"""What the flags of vector and matrix instructions begin with."""
 _PACKAGES = ("torch", "transformers", "onnxruntime", "onnx", "numpy")
 
 

@@ -43,7 +43,8 @@ class Ref:
     """An artifact that a stage reads beside its input: an earlier stage's (or `source`), taken through hidden stages.
 
     `Ref("source", via=(("export-onnx", {"format": "int4"}),))` is the source model's own int4 export: an ordinary
-    cached node of the plan that the file does not spell out.
+    cached node of the plan that the file does not spell out. `Ref("input", via=…)` is what becomes of the stage's own
+    input that way.
     """
 
     of: str
@@ -101,10 +102,10 @@ class Stage(BaseModel, ABC):
 
     name: as in the pipeline file. version: raised when the same options give another artifact. accepts / returns:
     formats of the input and of what is written (`measurement` leaves the model as it is for the next stage).
-    kinds: `decoder`, `encoder` or both. data: the splits of text that it reads. measures_hardware: its figures belong
-    to this machine, so the machine is part of its key. reads_target: so does what it writes to `target`. seeded: its
-    result depends on the seed. example: options of a small typical use, for the support matrix; needed only where the
-    defaults alone are not valid.
+    kinds: `decoder`, `encoder` or both. splits: those of the text that it reads, whatever its options.
+    measures_hardware: its figures belong to this machine, so the machine is part of its key. reads_target: so does what
+    it writes to `target`. seeded: its result depends on the seed. example: options of a small typical use, for the
+    support matrix; needed only where the defaults alone are not valid.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -115,11 +116,15 @@ class Stage(BaseModel, ABC):
     accepts: ClassVar[frozenset[Format]]
     returns: ClassVar[Format]
     kinds: ClassVar[frozenset[str]] = frozenset({"decoder", "encoder"})
-    data: ClassVar[frozenset[Literal["train", "eval"]]] = frozenset()
+    splits: ClassVar[frozenset[Literal["train", "eval"]]] = frozenset()
     measures_hardware: ClassVar[bool] = False
     reads_target: ClassVar[bool] = False
     seeded: ClassVar[bool] = False
     example: ClassVar[Mapping[str, Any]] = {}
+
+    def reads(self) -> frozenset[Literal["train", "eval"]]:
+        """The splits of the text that it reads with these options."""
+        return self.splits
 
     def before(self, accepted: Format) -> Sequence[tuple[str, Mapping[str, Any]]]:
         """Stages that this one is short for, put before it, given the format that it would otherwise receive."""
@@ -148,7 +153,7 @@ class Stage(BaseModel, ABC):
     def forward_tokens(self, model: ModelShape) -> float:
         """Tokens that it runs forward through each model that it reads, roughly: for the estimate of its time."""
         tokens = getattr(self, "tokens", None)
-        return tokens if isinstance(tokens, int) else 20_000 if self.data or self.measures_hardware else 1_000
+        return tokens if isinstance(tokens, int) else 20_000 if self.reads() or self.measures_hardware else 1_000
 
     def produces(self) -> Sequence[str]:
         """The figures that it measures, as `require` names them (`perplexity`, `tpot_ms@128`)."""

@@ -37,7 +37,7 @@ class FakeShrink(Stage):
     summary: ClassVar[str] = "halves"
     accepts = frozenset({"torch"})
     returns = "torch"
-    data: ClassVar[frozenset[Literal["train", "eval"]]] = frozenset({"train"})
+    splits: ClassVar[frozenset[Literal["train", "eval"]]] = frozenset({"train"})
     seeded: ClassVar[bool] = True
 
     by: float = Field(2.0, gt=0)
@@ -105,7 +105,7 @@ class FakeMeasure(Stage):
     summary: ClassVar[str] = "measures"
     accepts = frozenset({"torch", "onnx"})
     returns = "measurement"
-    data: ClassVar[frozenset[Literal["train", "eval"]]] = frozenset({"eval"})
+    splits: ClassVar[frozenset[Literal["train", "eval"]]] = frozenset({"eval"})
     measures_hardware: ClassVar[bool] = True
 
     value: float = 10.0

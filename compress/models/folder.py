@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,11 @@ CARDS = ("LICENSE*", "NOTICE*", "README.md")
 """What travels along without being part of the model's key."""
 
 
-def folder_problem(folder: Path) -> tuple[str, str] | None:
-    """(what is wrong with a model's folder, what to do), or None where it can be read."""
+def folder_problem(folder: Path, readable: Collection[str] = ()) -> tuple[str, str] | None:
+    """(what is wrong with a model's folder, what to do), or None where it can be read.
+
+    readable: the methods of quantisation (`bitsandbytes`) whose weights the reader can do with.
+    """
     config = recall(folder / "config.json")
     if not isinstance(config, dict):
         return "has no readable config.json", "name the folder that save_pretrained wrote"
@@ -28,8 +31,9 @@ def folder_problem(folder: Path) -> tuple[str, str] | None:
     missing = [name for name in sorted(_shards(folder)) if not (folder / name).is_file()]
     if missing:
         return f"lacks {missing[0]}, one of its {len(_shards(folder))} weight files", "copy or fetch it again"
-    if "quantization_config" in config:
-        method = config["quantization_config"].get("quant_method", "an unknown method")
+    quantization = config.get("quantization_config")
+    method = quantization.get("quant_method", "an unknown method") if quantization else None
+    if method not in (None, *readable):
         return f"is quantised already ({method})", "name the model that it was made from"
     return None
 

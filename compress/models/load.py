@@ -23,17 +23,25 @@ COMPANIONS = ("LICENSE*", "NOTICE*", "README.md", "generation_config.json", "1_P
 def load_model(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedModel:
     """The model in `folder` in float32 on the CPU, in eval mode, of the class that `config.json` names.
 
-    Every weight must be found and every one found must be used: raises CompressError otherwise.
+    Every weight must be found and every one found must be used: raises CompressError otherwise, and for a folder of
+    quantised weights.
     """
+    if (config_of(folder) or {}).get("quantization_config"):
+        raise CompressError(str(folder), "is quantised already", "name the model that it was made from")
+    return read_model(folder, trust_remote_code=trust_remote_code)
+
+
+def read_model(folder: Path, *, trust_remote_code: bool = False, device: str | int | None = None) -> PreTrainedModel:
+    """As `load_model`, also of weights in a form that transformers itself knows (bitsandbytes'), put on `device`."""
     import torch
     from safetensors import SafetensorError
 
-    config = json.loads((folder / "config.json").read_text("utf-8"))
-    auto = auto_class(config)
+    auto = auto_class(json.loads((folder / "config.json").read_text("utf-8")))
     try:
         model, report = auto.from_pretrained(
             folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True,
             trust_remote_code=trust_remote_code, local_files_only=True,
+            device_map=None if device is None else {"": device},
         )  # fmt: skip
     except (OSError, SafetensorError, RuntimeError) as error:  # RuntimeError: a weight of another shape
         first = str(error).strip().partition("\n")[0]

@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,8 +51,13 @@ class Source(ABC):
         """
 
 
-def parse_source(text: str, where: str = "model", download: Downloader = download) -> Source:
-    """The source that `text` names, without fetching it. Raises InvalidInput, at `where`, for anything else."""
+def parse_source(
+    text: str, where: str = "model", download: Downloader = download, readable: Collection[str] = ()
+) -> Source:
+    """The source that `text` names, without fetching it. Raises InvalidInput, at `where`, for anything else.
+
+    readable: the methods of quantisation that a local folder's weights may be stored by.
+    """
     if text.startswith(SCHEMES):
         return PackageSource(text, Package.parse(text, where), download)
     path = Path(os.path.expanduser(text))  # os.path: no OSError for a name too long or an unknown ~user
@@ -61,10 +66,10 @@ def parse_source(text: str, where: str = "model", download: Downloader = downloa
             raise InvalidInput(where, f"{text!r} is a file but no .gguf", f"name {_KINDS}")
         return GgufSource(text, path)
     if os.path.isdir(path):
-        problem = folder_problem(path)
+        problem = folder_problem(path, readable)
         if problem:
             raise InvalidInput(where, f"{text!r} {problem[0]}", problem[1])
-        return FolderSource(text, path)
+        return FolderSource(text, path, tuple(readable))
     match = _HUB_ID.fullmatch(text)
     if match and path.suffix != ".gguf" and not text.startswith((".", "~")):
         return HubSource(text, match["repo"], match["revision"])
@@ -87,6 +92,7 @@ class FolderSource(Source):
 
     text: str
     folder: Path
+    readable: tuple[str, ...] = ()
 
     def config(self) -> dict[str, Any] | None:
         return config_of(self.folder)
@@ -97,7 +103,7 @@ class FolderSource(Source):
         return _key("folder", json.dumps(digests, sort_keys=True))
 
     def fetch(self, reporter: Reporter | None = None) -> Path:
-        problem = folder_problem(self.folder)
+        problem = folder_problem(self.folder, self.readable)
         if problem:
             raise CompressError(self.text, *problem)
         return self.folder.absolute()

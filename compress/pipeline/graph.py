@@ -83,7 +83,7 @@ class _Builder:
         """Put a stage of the file, and the hidden ones that it needs, behind those that are there."""
         input_id = self._through(self._current, entry.stage.before(self._formats[self._current]), entry)
         self._check_format(entry, entry.stage, input_id)
-        self._add(entry.id, entry.stage, {INPUT: input_id, **self._references(entry, entry.stage)}, entry, hidden=False)
+        self._add(entry.id, entry.stage, self._inputs(entry, entry.stage, input_id), entry, hidden=False)
         self._entries.append(entry)
         if entry.stage.returns != "measurement":
             self._current = entry.id
@@ -94,7 +94,7 @@ class _Builder:
             stage = stage_class(name).model_validate(dict(options))
             id_ = self._through(id_, stage.before(self._formats[id_]), entry)
             self._check_format(entry, stage, id_)
-            inputs = {INPUT: id_, **self._references(entry, stage)}
+            inputs = self._inputs(entry, stage, id_)
             same = [node.id for node in self.nodes if node.stage == stage and node.inputs == inputs]
             id_ = same[0] if same else self._add(self._free_id(f"{id_}/{name}"), stage, inputs, entry, hidden=True)
         return id_
@@ -120,16 +120,20 @@ class _Builder:
         format_ = self._formats[input_id]
         if format_ not in stage.accepts:
             makers = [name for name in stage_names() if _turns(stage_class(name), format_, stage.accepts)]
-            fix = f"put {' or '.join(map(repr, makers))} before it" if makers else f"move it before {input_id!r}"
+            fix = f"move it before {input_id!r}" if stage.returns != format_ else f"leave out this or {input_id!r}"
+            fix = f"put {' or '.join(map(repr, makers))} before it" if makers else fix
             what = f"takes {_listed(stage.accepts)}, but what {input_id!r} hands on is {format_}"
             self.problems.append(Problem(entry.place, what, fix))
 
-    def _references(self, entry: Entry, stage: Stage) -> dict[str, str]:
-        return {
-            role: self._through(ref.of, ref.via, entry)
-            for role, ref in stage.inputs().items()
-            if self._is_usable(entry, stage, role, ref)
-        }
+    def _inputs(self, entry: Entry, stage: Stage, input_id: str) -> dict[str, str]:
+        """The ids of all that `stage` reads, by role."""
+        found = {INPUT: input_id}
+        for role, ref in stage.inputs().items():
+            if ref.of == INPUT and self._formats[input_id] in stage.accepts:
+                found[role] = self._through(input_id, ref.via, entry)
+            elif ref.of != INPUT and self._is_usable(entry, stage, role, ref):
+                found[role] = self._through(ref.of, ref.via, entry)
+        return found
 
     def _is_usable(self, entry: Entry, stage: Stage, role: str, ref: Ref) -> bool:
         place = _place_of_reference(entry, role, ref)

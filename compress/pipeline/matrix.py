@@ -53,7 +53,7 @@ def cells() -> tuple[Cell, ...]:
         for family in FAMILIES
         for model_type in family.model_types
         for stage in (None, *_classes(exports=False))
-        for label, export in _exports(quantized=stage is not None and stage.returns == "quantized")
+        for label, export in _exports(stage)
     )
 
 
@@ -74,26 +74,30 @@ def sample_shape(model_type: str) -> ModelShape:
     return shape_of({"model_type": model_type, **{key(common): value for common, value in _SHAPE.items()}})
 
 
-def _cell(model_type: str, cls: type[Stage] | None, label: str, export: Stage) -> Cell:
-    chain = [export]
+def _cell(model_type: str, cls: type[Stage] | None, label: str, export: Stage | None) -> Cell:
+    chain = [export] if export else []
     if cls is not None:
         stage = cls.model_validate(dict(cls.example))
-        chain = [export, stage] if cls.returns == "measurement" and export.returns in cls.accepts else [stage, export]
+        measures = cls.returns == "measurement" and export is not None and export.returns in cls.accepts
+        chain.insert(int(measures), stage)
     entries = [Entry(stage.name, stage, stage.name) for stage in chain]
     _, problems = build_graph(entries, sample_shape(model_type))
     stages = tuple({stage.name: stage.model_dump(mode="json", exclude_unset=True)} for stage in chain)
     return Cell(model_type, cls.name if cls else ALONE, label, stages, "; ".join(map(str, problems)))
 
 
-def _exports(*, quantized: bool) -> Iterator[tuple[str, Stage]]:
-    """Each export stage in each of its formats, by the format's name.
+def _exports(stage: type[Stage] | None) -> Iterator[tuple[str, Stage | None]]:
+    """Each export stage in each of its formats, by the format's name; none behind a stage that exports itself.
 
     Where the format belongs to the artifact, because it is quantised, there is only `auto`; else `auto` is fp32.
     """
+    if stage is not None and stage.returns == "onnx":
+        yield AUTO, None
+        return
     for cls in _classes(exports=True):
         field = cls.model_fields.get("format")
         formats = get_args(field.annotation) if field and get_origin(field.annotation) is Literal else ()
-        if quantized or not formats:
+        if not formats or (stage is not None and stage.returns == "quantized"):
             yield AUTO, cls.model_validate(dict(cls.example))
         else:
             for format_ in (each for each in formats if each != AUTO):
@@ -101,4 +105,6 @@ def _exports(*, quantized: bool) -> Iterator[tuple[str, Stage]]:
 
 
 def _classes(*, exports: bool) -> list[type[Stage]]:
-    return [cls for cls in map(stage_class, stage_names()) if (cls.returns == "onnx") == exports]
+    """The stages that export what is handed to them, quantised or not; or all others."""
+    classes = map(stage_class, stage_names())
+    return [cls for cls in classes if (cls.returns == "onnx" and "quantized" in cls.accepts) == exports]

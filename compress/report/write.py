@@ -7,11 +7,11 @@ import os
 from html import escape
 from pathlib import Path
 
+from compress.hardware import VECTOR_FLAGS
 from compress.report.tables import Table, as_markdown, recall_table, result_table, stages_table
 from compress.runner.record import RunRecord, State
 
 MARKDOWN, HTML, PLOTS = "report.md", "report.html", "plots"
-_VECTOR_FLAGS = ("avx", "amx", "asimd", "neon", "sve")
 _CSS = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #1d2733 }
 h1 { font-size: 1.6rem } h2 { font-size: 1.15rem; margin-top: 2rem }
@@ -85,7 +85,7 @@ def _circumstances(record: RunRecord) -> list[tuple[str, str]]:
     return [
         ("started", record.started),
         ("machine", f"{hardware['cpu']}, {hardware['num_cpus']} CPUs, {hardware['ram_gb']} GB, {hardware['system']}"),
-        ("vector instructions", " ".join(flag for flag in hardware["flags"] if flag.startswith(_VECTOR_FLAGS))),
+        ("vector instructions", " ".join(flag for flag in hardware["flags"] if flag.startswith(VECTOR_FLAGS))),
         ("measured with", f"{target['provider']}, {target['threads']} threads"),
         ("seed", str(record.seed)),
         ("versions", ", ".join(f"{name} {version}" for name, version in record.versions.items())),

@@ -7,7 +7,7 @@ Fitting codes reads its text twice, and makes good what rounding did, for as muc
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -54,7 +54,8 @@ def estimate(prepared: Prepared) -> dict[str, Estimate]:
         if step.stage.returns == "measurement":
             shape, weight_bytes = before, 0.0
         shapes[step.id], bytes_of[step.id] = shape, weight_bytes
-        found[step.id] = cost(step.node, shape, weight_bytes)
+        read = [bytes_of[of] for of in set(step.node.inputs.values()) if bytes_of[of]]
+        found[step.id] = cost(step.node, shape, weight_bytes, read)
     return found
 
 
@@ -74,15 +75,19 @@ def todo_estimates(estimates: Mapping[str, Estimate], steps: tuple[Step, ...]) -
     return {step.id: estimates[step.id] for step in steps}
 
 
-def cost(node: GraphNode, shape: ModelShape, weight_bytes: float) -> Estimate:
-    """The estimate of a node that works on a model of that shape and writes so many bytes of weights."""
+def cost(node: GraphNode, shape: ModelShape, weight_bytes: float, read: Sequence[float]) -> Estimate:
+    """The estimate of a node that works on a model of that shape and writes so many bytes of weights.
+
+    read: the bytes of each model that it reads. What measures them holds them as they are stored, all else as floats.
+    """
     options = node.stage.model_dump()
     trains = any("learning_rate" in each for each in (options, *options.values()) if isinstance(each, dict))
     fits = node.stage.returns == "quantized"
-    parameters, num_models = shape.num_parameters, len(set(node.inputs.values()))
-    per_parameter, checkpoints = float(FP32_BYTES * num_models), 0.0
+    parameters, num_models = shape.num_parameters, len(read)
+    held = sum(read) if node.stage.measures_hardware else float(FP32_BYTES * num_models * parameters)
+    checkpoints = 0.0
     if trains:
-        per_parameter += ADAM_BYTES + GRADIENT_BYTES
+        held += (ADAM_BYTES + GRADIENT_BYTES) * parameters
         checkpoints = 2.0 * (FP32_BYTES + ADAM_BYTES) * parameters
     flops_per_weight = 2.0 * num_models + (4.0 if trains or fits else 0.0)
     flops = flops_per_weight * parameters * node.stage.forward_tokens(shape)
@@ -90,7 +95,7 @@ def cost(node: GraphNode, shape: ModelShape, weight_bytes: float) -> Estimate:
     return Estimate(
         shape=shape,
         size_mb=weight_bytes / 1e6,
-        ram_mb=BASE_RAM_MB + per_parameter * parameters / 1e6,
+        ram_mb=BASE_RAM_MB + held / 1e6,
         disk_mb=(weight_bytes + checkpoints) / 1e6,
         seconds=FIXED_SECONDS + min(seconds, options.get("max_seconds", seconds)),
     )

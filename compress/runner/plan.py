@@ -96,7 +96,7 @@ def make_plan(graph: Graph, *, source_key: str, data: TextData, seed: int, targe
         key = stage_key(
             node.stage,
             {role: keys[of] for role, of in node.inputs.items()},
-            data={split: data.digest(split) for split in sorted(node.stage.data)},
+            data={split: data.digest(split) for split in sorted(node.stage.reads())},
             seed=seed,
             target=target,
         )

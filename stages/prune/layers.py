@@ -30,7 +30,7 @@ class PruneLayers(Stage):
     summary: ClassVar[str] = "leave out the layers that the model misses least"
     accepts: ClassVar[frozenset[Format]] = frozenset({"torch"})
     returns: ClassVar[Format] = "torch"
-    data: ClassVar[frozenset[Literal["train", "eval"]]] = frozenset({"train"})
+    splits: ClassVar[frozenset[Literal["train", "eval"]]] = frozenset({"train"})
     seeded: ClassVar[bool] = True
     example: ClassVar[Mapping[str, Any]] = {"drop": 1}
 

@@ -100,8 +100,8 @@ def test_dropped_layers_take_their_mixers_along(
 
 
 @pytest.mark.parametrize(("model_type", "options"), [
-    *((model_type, {"scheme": "w4-block32", "search": "gptq"}) for model_type in MODEL_TYPES),
-    ("llama", {"scheme": "w8-dynamic", "search": "output", "reduce_range": False}),
+    *((model_type, {"scheme": "w4-block32", "method": "gptq"}) for model_type in MODEL_TYPES),
+    ("llama", {"scheme": "w8a8-dynamic", "method": "search", "reduce_range": False}),
 ], ids=str)  # fmt: skip
 def test_projections_are_quantised_and_what_is_new_stays_float(
     model_type: str, options: dict[str, Any], hybrid: Callable[[str], Path], tmp_path: Path
@@ -120,7 +120,7 @@ def test_projections_are_quantised_and_what_is_new_stays_float(
     found, before = logits(quantised), logits(naive)
     naive.load_state_dict({name: dequantised(tensor) for name, tensor in tensors.items()}, strict=False)
     change = (found - before).square().sum() / before.square().sum()
-    if options["scheme"] == "w8-dynamic":  # rounds activations too, over all tokens at hand
+    if options["scheme"] == "w8a8-dynamic":  # rounds activations too, over all tokens at hand
         assert change < 0.05
     else:
         assert change < 0.4

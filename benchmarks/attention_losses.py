@@ -1,0 +1,210 @@
+"""What losses on attention are worth in quantisation-aware training: a small sentence classifier in ternary weights.
+
+    python -m compress.benchmarks.attention_losses MODEL_FOLDER --out DIR
+
+An encoder is fine-tuned in float32 to tell good from bad reviews; its projections are quantised to ternary (GPTQ, the
+embedding to 8 bits) and trained through it towards the fine-tuned model, which is teacher and start of every arm: the
+same sentences in the same order, one loss more or less. Each result is kept in DIR, so that a run that was interrupted
+goes on; DIR/attention-losses.md is the report. Accuracy is on held-out sentences; its error is that of the sample, and
+differences are paired by sentence, of the mean over seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
+
+from compress.artifact import write_json
+from compress.benchmarks.recovery import plus_minus
+from compress.benchmarks.reviews import SENTENCES, reviews
+from compress.models.load import load_model, load_tokenizer, save_model
+from compress.models.parts import Parts
+from compress.quant.apply import Quantized, quantize_model
+from compress.quant.options import QuantizeOptions
+from compress.quant.trained import FakeQuantisation
+from compress.stage import Reporter
+from compress.train.engine import place, recover
+from compress.train.options import TrainingOptions
+from compress.train.teacher import layer_map
+from compress.train.trainer import Labelled
+
+NUM_TUNING = 64
+"""Training sentences that only say whether a training made its loss smaller at all."""
+PTQ = ("rtn", "gptq")
+LABELS = {"kl": 0.0, "ce": 1.0}
+KD = {"kl": 1.0, "hidden": 1.0}
+QAT: Mapping[str, Mapping[str, float]] = {
+    "logits + hidden": KD,
+    "+ attention output": {**KD, "attention_output": 1.0},
+    "+ attention map": {**KD, "attention_map": 1.0},
+    "+ both": {**KD, "attention_output": 1.0, "attention_map": 1.0},
+    "labels alone": LABELS,
+}
+REFERENCE = "logits + hidden"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How much is trained, and how."""
+
+    length: int = 24
+    batch: int = 16
+    epochs: float = 2.0
+    tuning_epochs: float = 2.0
+    tuning_rate: float = 5e-5
+    rate: float = 2e-4
+    scale_rate: float = 1e-3
+    scheme: str = "ternary"
+
+    def training(self, num_sentences: int, epochs: float, rate: float, loss: Mapping[str, float]) -> TrainingOptions:
+        """The recovery engine's options for `epochs` over the sentences, evaluated at the end."""
+        steps = int(epochs * num_sentences) // self.batch
+        return TrainingOptions.model_validate({
+            "tokens": steps * self.batch * self.length, "sequence_length": self.length, "batch_size": self.batch,
+            "learning_rate": rate, "lr_scheduler_type": "linear", "hidden_distance": "mse", "loss": loss,
+            "eval_steps": steps,
+        })  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Bench:
+    """The fine-tuned model, and what is trained on and judged on."""
+
+    settings: Settings
+    folder: Path
+    out: Path
+    train: Labelled
+    tuning: Labelled
+    test: Labelled
+
+    @classmethod
+    def of(cls, settings: Settings, model: Path, sentences: str, out: Path) -> Bench:
+        """Fine-tune the model, unless it is there."""
+        digest = hashlib.sha256(json.dumps([asdict(settings), sentences, str(model)]).encode()).hexdigest()[:8]
+        test, rest = reviews(sentences, load_tokenizer(model), settings.length)
+        train, tuning = rest[NUM_TUNING:], rest[:NUM_TUNING]
+        bench = cls(settings, out / digest / "float32", out / digest, train, tuning, test)
+        if not bench.folder.exists():
+            torch.manual_seed(0)
+            classifier: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(model, num_labels=2)
+            options = settings.training(len(bench.train), settings.tuning_epochs, settings.tuning_rate, LABELS)
+            work = bench.out / "float32.work"
+            recover(classifier, None, bench.train, bench.tuning, options, (), work, 0, Reporter())
+            save_model(classifier, model, bench.out / "float32.part")
+            (bench.out / "float32.part").rename(bench.folder)
+            shutil.rmtree(work)
+        return bench
+
+    def ptq(self, method: str) -> tuple[PreTrainedModel, Quantized]:
+        """The fine-tuned model with the weights that its codes stand for, and these."""
+        model, length = load_model(self.folder), self.settings.length
+        options = QuantizeOptions.model_validate({
+            "scheme": self.settings.scheme, "embeddings": "w8-block64", "method": method, "sequence_length": length,
+        })  # fmt: skip
+        ids_M = torch.from_numpy(self.train.ids_NT[self.train.mask_NT > 0])
+        blocks_BT = ids_M[: options.tokens // length * length].view(-1, length)
+        return model, quantize_model(Parts(model), options, blocks_BT, keep_latents=True)
+
+    @cached_property
+    def start(self) -> Quantized:
+        """What every training starts from."""
+        return self.ptq("gptq")[1]
+
+    def qat(self, method: str, seed: int, work: Path) -> PreTrainedModel:
+        """The fine-tuned model with the weights that its trained codes stand for."""
+        model, teacher = load_model(self.folder), load_model(self.folder)
+        fakes = FakeQuantisation(model, self.start.tensors, self.start.latents, "both")
+        options = self.settings.training(len(self.train), self.settings.epochs, self.settings.rate, QAT[method])
+        layers = [(0, 0), *layer_map(len(Parts(model).layers), len(Parts(teacher).layers))]
+        recover(
+            model, teacher if options.loss.needs_teacher else None, self.train, self.tuning, options, layers, work,
+            seed, Reporter(), fakes.rates(self.settings.scale_rate),
+        )  # fmt: skip
+        cast(nn.Module, model).cpu()
+        fakes.remove()
+        return model
+
+    def result(self, method: str, seed: int) -> dict[str, Any]:
+        """Whether each held-out sentence is told right, and seconds; kept in a file."""
+        file = self.out / f"{method.replace(' ', '-')}-{seed}.json"
+        if not file.exists():
+            work, started = file.with_suffix(".work"), time.monotonic()
+            model = self.ptq(method)[0] if method in PTQ else load_model(self.folder)
+            if method in QAT:
+                model = self.qat(method, seed, work)
+            write_json(file, {"right": self._right(model), "seconds": time.monotonic() - started})
+            shutil.rmtree(work, ignore_errors=True)
+        return {"method": method, "seed": seed, **json.loads(file.read_text("utf-8"))}
+
+    @torch.inference_mode()
+    def _right(self, model: PreTrainedModel) -> list[int]:
+        place(model, torch.device("cpu"))
+        test, told = self.test, []
+        for start in range(0, len(test), 64):
+            ids_BT, mask_BT = (torch.from_numpy(each[start : start + 64]) for each in (test.ids_NT, test.mask_NT))
+            told += model(input_ids=ids_BT, attention_mask=mask_BT).logits.argmax(-1).tolist()
+        return [int(one == other) for one, other in zip(told, test.labels_N.tolist(), strict=True)]
+
+
+def results(bench: Bench, num_seeds: int) -> Iterator[dict[str, Any]]:
+    """All results, those of one seed first."""
+    for method in ("float32", *PTQ):
+        yield bench.result(method, 0)
+    for seed in range(num_seeds):
+        for method in QAT:
+            yield bench.result(method, seed)
+
+
+def report(rows: Sequence[Mapping[str, Any]], settings: Settings) -> str:
+    """A table, a method a line."""
+
+    def right(method: str) -> NDArray[np.float64]:
+        """(sentences,): the share of seeds that tell it right."""
+        told_SN = np.array([row["right"] for row in rows if row["method"] == method], dtype=np.float64)
+        return np.asarray(told_SN.mean(0))
+
+    lines = [f"Settings: `{json.dumps(asdict(settings))}`", ""]
+    lines.append(f"| method | accuracy ± SE | each seed's | − {REFERENCE} ± SE | each seed's |\n|{'---|' * 5}")
+    base = {row["seed"]: np.mean(row["right"]) for row in rows if row["method"] == REFERENCE}
+    for method in dict.fromkeys(row["method"] for row in rows):
+        each = {row["seed"]: np.mean(row["right"]) for row in rows if row["method"] == method}
+        cells = [method, plus_minus(right(method)), " ".join(f"{value:.4f}" for value in each.values()), "", ""]
+        if base and method != REFERENCE:
+            cells[3] = plus_minus(right(method) - right(REFERENCE))
+            cells[4] = " ".join(f"{each[seed] - base[seed]:+.4f}" for seed in each if seed in base)
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, ""])
+
+
+def main() -> None:
+    """Measure what is missing and write the report after every result."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path, help="a save_pretrained folder of a BERT")
+    parser.add_argument("--out", type=Path, required=True, help="where results and the report are kept")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--sentences", default=SENTENCES, help="where {amazon,imdb,yelp}.json are, as under data.train")
+    parser.add_argument("--settings", type=json.loads, default={}, help='other Settings, as JSON: {"epochs": 1}')
+    args = parser.parse_args()
+    settings, rows = Settings(**args.settings), []
+    for row in results(Bench.of(settings, args.model, args.sentences, args.out), args.seeds):
+        rows.append(row)
+        (args.out / "attention-losses.md").write_text(report(rows, settings), "utf-8")
+        print(f"{row['method']}, seed {row['seed']}: {np.mean(row['right']):.4f}, {row['seconds']:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()
