@@ -5,7 +5,7 @@
 An encoder is fine-tuned in float32 to tell good from bad reviews; its projections are quantised to ternary (GPTQ, the
 embedding to 8 bits) and trained through it towards the fine-tuned model, which is teacher and start of every arm: the
 same sentences in the same order, one loss more or less. Each result is kept in DIR, so that a run that was interrupted
-goes on; DIR/attention-losses.md is the report. Accuracy is on held-out sentences; its error is that of the sample, and
+goes on; DIR/attention-losses.md is the report. Figures are of held-out sentences, their errors those of that sample;
 differences are paired by sentence, of the mean over seeds.
 """
 
@@ -25,19 +25,20 @@ from typing import Any, cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
-from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from compress.artifact import write_json
 from compress.benchmarks.recovery import plus_minus
-from compress.benchmarks.reviews import SENTENCES, reviews
-from compress.models.load import load_model, load_tokenizer, save_model
+from compress.benchmarks.reviews import SENTENCES, fine_tune, reviews
+from compress.models.load import load_model, load_tokenizer
 from compress.models.parts import Parts
 from compress.quant.apply import Quantized, quantize_model
 from compress.quant.options import QuantizeOptions
 from compress.quant.trained import FakeQuantisation
 from compress.stage import Reporter
 from compress.train.engine import place, recover
+from compress.train.losses import cross_entropy, forward_kl
 from compress.train.options import TrainingOptions
 from compress.train.teacher import layer_map
 from compress.train.trainer import Labelled
@@ -55,6 +56,7 @@ QAT: Mapping[str, Mapping[str, float]] = {
     "labels alone": LABELS,
 }
 REFERENCE = "logits + hidden"
+FIGURES = ("accuracy", "cross-entropy", "KL to float32")
 
 
 @dataclass(frozen=True)
@@ -99,14 +101,8 @@ class Bench:
         train, tuning = rest[NUM_TUNING:], rest[:NUM_TUNING]
         bench = cls(settings, out / digest / "float32", out / digest, train, tuning, test)
         if not bench.folder.exists():
-            torch.manual_seed(0)
-            classifier: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(model, num_labels=2)
-            options = settings.training(len(bench.train), settings.tuning_epochs, settings.tuning_rate, LABELS)
-            work = bench.out / "float32.work"
-            recover(classifier, None, bench.train, bench.tuning, options, (), work, 0, Reporter())
-            save_model(classifier, model, bench.out / "float32.part")
-            (bench.out / "float32.part").rename(bench.folder)
-            shutil.rmtree(work)
+            options = settings.training(len(train), settings.tuning_epochs, settings.tuning_rate, LABELS)
+            fine_tune(model, train, tuning, options, bench.folder)
         return bench
 
     def ptq(self, method: str) -> tuple[PreTrainedModel, Quantized]:
@@ -146,18 +142,24 @@ class Bench:
             model = self.ptq(method)[0] if method in PTQ else load_model(self.folder)
             if method in QAT:
                 model = self.qat(method, seed, work)
-            write_json(file, {"right": self._right(model), "seconds": time.monotonic() - started})
+            write_json(file, {"figures": self._judged(model), "seconds": time.monotonic() - started})
             shutil.rmtree(work, ignore_errors=True)
         return {"method": method, "seed": seed, **json.loads(file.read_text("utf-8"))}
 
     @torch.inference_mode()
-    def _right(self, model: PreTrainedModel) -> list[int]:
+    def _judged(self, model: PreTrainedModel) -> dict[str, list[float]]:
+        """FIGURES of each held-out sentence."""
+        labels_N, source = torch.from_numpy(self.test.labels_N), load_model(self.folder)
+        model_NV, source_NV = (self._logits(each) for each in (model, source))
+        values = ((model_NV.argmax(-1) == labels_N), cross_entropy(model_NV, labels_N), forward_kl(model_NV, source_NV))
+        return {name: value_N.double().tolist() for name, value_N in zip(FIGURES, values, strict=True)}
+
+    def _logits(self, model: PreTrainedModel) -> Tensor:
+        """(N, classes)."""
         place(model, torch.device("cpu"))
-        test, told = self.test, []
-        for start in range(0, len(test), 64):
-            ids_BT, mask_BT = (torch.from_numpy(each[start : start + 64]) for each in (test.ids_NT, test.mask_NT))
-            told += model(input_ids=ids_BT, attention_mask=mask_BT).logits.argmax(-1).tolist()
-        return [int(one == other) for one, other in zip(told, test.labels_N.tolist(), strict=True)]
+        ids_NT, mask_NT = torch.from_numpy(self.test.ids_NT), torch.from_numpy(self.test.mask_NT)
+        batches = zip(torch.split(ids_NT, 64), torch.split(mask_NT, 64), strict=True)
+        return torch.cat([model(input_ids=ids_BT, attention_mask=mask_BT).logits for ids_BT, mask_BT in batches])
 
 
 def results(bench: Bench, num_seeds: int) -> Iterator[dict[str, Any]]:
@@ -170,24 +172,25 @@ def results(bench: Bench, num_seeds: int) -> Iterator[dict[str, Any]]:
 
 
 def report(rows: Sequence[Mapping[str, Any]], settings: Settings) -> str:
-    """A table, a method a line."""
-
-    def right(method: str) -> NDArray[np.float64]:
-        """(sentences,): the share of seeds that tell it right."""
-        told_SN = np.array([row["right"] for row in rows if row["method"] == method], dtype=np.float64)
-        return np.asarray(told_SN.mean(0))
-
-    lines = [f"Settings: `{json.dumps(asdict(settings))}`", ""]
-    lines.append(f"| method | accuracy ± SE | each seed's | − {REFERENCE} ± SE | each seed's |\n|{'---|' * 5}")
-    base = {row["seed"]: np.mean(row["right"]) for row in rows if row["method"] == REFERENCE}
-    for method in dict.fromkeys(row["method"] for row in rows):
-        each = {row["seed"]: np.mean(row["right"]) for row in rows if row["method"] == method}
-        cells = [method, plus_minus(right(method)), " ".join(f"{value:.4f}" for value in each.values()), "", ""]
-        if base and method != REFERENCE:
-            cells[3] = plus_minus(right(method) - right(REFERENCE))
-            cells[4] = " ".join(f"{each[seed] - base[seed]:+.4f}" for seed in each if seed in base)
-        lines.append(f"| {' | '.join(cells)} |")
+    """A table for each figure, a method a line."""
+    lines = [f"Settings: `{json.dumps(asdict(settings))}`"]
+    for figure in FIGURES:
+        found: dict[str, list[list[float]]] = {}
+        for row in rows:
+            found.setdefault(row["method"], []).append(row["figures"][figure])
+        lines += ["", f"| {figure} | mean ± SE | each seed's | − {REFERENCE} ± SE | each seed's |", f"|{'---|' * 5}"]
+        for method, values in found.items():
+            cells = _cells(np.array(values))
+            if method != REFERENCE and REFERENCE in found:
+                base_SN = np.array(found[REFERENCE])
+                cells += _cells(np.array(values) - (base_SN if len(values) == 1 else base_SN[: len(values)]))
+            lines.append(f"| {' | '.join([method, *cells])} |")
     return "\n".join([*lines, ""])
+
+
+def _cells(values_SN: NDArray[np.float64]) -> list[str]:
+    """Over sentences, of the mean over seeds; and each seed's."""
+    return [plus_minus(values_SN.mean(0)), " ".join(f"{value:.4f}" for value in values_SN.mean(1))]
 
 
 def main() -> None:
@@ -203,7 +206,10 @@ def main() -> None:
     for row in results(Bench.of(settings, args.model, args.sentences, args.out), args.seeds):
         rows.append(row)
         (args.out / "attention-losses.md").write_text(report(rows, settings), "utf-8")
-        print(f"{row['method']}, seed {row['seed']}: {np.mean(row['right']):.4f}, {row['seconds']:.0f} s", flush=True)
+        print(
+            f"{row['method']}, seed {row['seed']}: {np.mean(row['figures'][FIGURES[0]]):.4f}, {row['seconds']:.0f} s",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

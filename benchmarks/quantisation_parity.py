@@ -3,10 +3,10 @@
     python -m compress.benchmarks.quantisation_parity MODEL_FOLDER --out DIR --arms '*-rtn'
 
 Arms are those of `compress.benchmarks.quantisation`, each run with an export behind it (in the same DIR, what is made
-already is not made again). Codes, scales and zero points: every row of every weight in the artifact must be a row of
-the graph. Outputs at identical call shapes: with activations unrounded in both, as shipped, and of the graph against
-itself, whole against token by token, which is the runtime's own rounding. Greedy tokens: of a decoder that is fed
-torch's. Prints a table in Markdown, and keeps it as DIR/parity.md.
+already is not made again). Codes, scales, zero points and ranges of activations: every row of every weight in the
+artifact must be a row of the graph. Outputs at identical call shapes: with activations unrounded in both, as shipped,
+and of the graph against itself, whole against token by token, which is the runtime's own rounding. Greedy tokens: of a
+decoder that is fed torch's. Prints a table in Markdown, and keeps it as DIR/parity.md.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from compress.runtime.session import OnnxModel
 
 Rows = Counter[bytes]
 Array = NDArray[Any]
-_BLOCKWISE = ("codes", "scales", "zero_points")
+_BY_ROW, _SHARED = ("codes", "scales", "zero_points"), ("input_scale", "input_zero_point")
 
 
 @dataclass(frozen=True)
@@ -56,33 +56,47 @@ class Greedy:
 
 
 def stored_rows(folder: Path) -> Rows:
-    """Each output channel of each quantised weight of an artifact: its codes, scales and zero points as bytes."""
+    """Each output channel of each quantised weight of an artifact as bytes: its codes, scales and zero points, and the
+    range of static activations that it is multiplied with.
+    """
     rows: Rows = Counter()
     for tensor in read_quantized(folder)[1].values():
         if isinstance(tensor, QTensor):
-            packed = tensor.pack()
-            rows.update(_rows([packed[part].numpy() for part in _BLOCKWISE if part in packed]))
+            packed = {part: value.numpy() for part, value in tensor.pack().items()}
+            rows.update(_rows(*([packed[part] for part in parts if part in packed] for parts in (_BY_ROW, _SHARED))))
     return rows
 
 
 def graph_rows(folder: Path) -> Rows:
     """The same of an exported graph, whatever weights were stacked; weights for MatMulInteger are transposed in it."""
     graph = onnx.load(folder / MODEL_FILE).graph
-    named = {tensor.name: tensor for tensor in graph.initializer}
+    named = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    ranges = _ranges(graph.node)
     rows: Rows = Counter()
     for name in named:
         base, _, part = name.rpartition(".")
         if part == "codes":
-            parts = [named[f"{base}.{part}"] for part in _BLOCKWISE if f"{base}.{part}" in named]
-            codes, scales, *zeros = (numpy_helper.to_array(part) for part in parts)
-            rows.update(_rows([codes.T if scales.ndim == 1 else codes, scales, *zeros]))
+            codes, scales, *zeros = (named[f"{base}.{part}"] for part in _BY_ROW if f"{base}.{part}" in named)
+            shared = [named[constant] for constant in ranges.get(name, ())]
+            rows.update(_rows([codes.T if scales.ndim == 1 else codes, scales, *zeros], shared))
     return rows
 
 
-def _rows(parts: Sequence[Array]) -> Iterator[bytes]:
-    num = len(parts[0])
-    flat = [np.ascontiguousarray(part).reshape(num, -1) for part in parts]
-    return (b"".join(part[row].tobytes() for part in flat) for row in range(num))
+def _ranges(nodes: Sequence[onnx.NodeProto]) -> dict[str, list[str]]:
+    """By the codes of a weight, the scale and the zero point that its activations go through as integers."""
+    dequantised = {node.output[0]: node for node in nodes if node.op_type == "DequantizeLinear"}
+    found: dict[str, list[str]] = {}
+    for node in nodes:
+        if node.op_type == "MatMul" and all(name in dequantised for name in node.input):
+            x, weight = (dequantised[name] for name in node.input)
+            found[weight.input[0]] = list(x.input[1:])
+    return found
+
+
+def _rows(by_row: Sequence[Array], shared: Sequence[Array]) -> Iterator[bytes]:
+    num, end = len(by_row[0]), b"".join(part.tobytes() for part in shared)
+    flat = [np.ascontiguousarray(part).reshape(num, -1) for part in by_row]
+    return (b"".join(part[row].tobytes() for part in flat) + end for row in range(num))
 
 
 @dataclass(frozen=True, order=True)

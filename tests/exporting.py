@@ -28,7 +28,7 @@ def quantised(source: Path, out: Path, scheme: Scheme, choice: SchemeChoice | No
     from compress.models.load import load_model
     from compress.models.parts import Parts
     from compress.quant.modules import weight_of
-    from compress.quant.schemes import quantize
+    from compress.quant.rounding import quantize
     from compress.quant.store import save_quantized
     from compress.quant.targets import all_targets
 
@@ -48,7 +48,7 @@ def _with_ranges(model: Any, tensors: Any) -> dict[str, Any]:
 
     import torch
 
-    from compress.quant.schemes import activation_range
+    from compress.quant.rounding import activation_range
 
     found: dict[str, Any] = {}
 

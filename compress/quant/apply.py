@@ -16,8 +16,9 @@ from compress.quant.modules import set_weight, weight_of
 from compress.quant.options import QuantizeOptions
 from compress.quant.qtensor import QTensor
 from compress.quant.ranges import InputRanges
+from compress.quant.rounding import quantize
 from compress.quant.scaling import Fold, Magnitudes, awq_factors, folds, smoothquant_factors, unfolded
-from compress.quant.schemes import W8_BLOCK32, Scheme, quantize
+from compress.quant.schemes import W8_BLOCK32, Scheme
 from compress.quant.search import gptq, output_error, search_scales
 from compress.quant.targets import WeightTarget, layer_targets, table_targets
 

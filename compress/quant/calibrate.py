@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from compress.errors import CompressError
 from compress.models.parts import Parts
 from compress.quant.modules import weight_of
-from compress.quant.schemes import Scheme, round_activations
+from compress.quant.rounding import round_activations
+from compress.quant.schemes import Scheme
 
 Range = tuple[Tensor, Tensor]
 """Scale (float32) and zero point (uint8), both scalars."""
@@ -156,8 +157,8 @@ class RoundingErrors:
         scheme, own_range = self._schemes[module], self._ranges.get(module)
         for x_TK in args[0]:
             change_TN = (x_TK - round_activations(x_TK, scheme, input_range=own_range)) @ weight_NK.T
-            share_T = change_TN.square().sum(-1) / (x_TK @ weight_NK.T).square().sum(-1)
-            self._shares.setdefault(module, []).append(share_T)
+            energy_T = (x_TK @ weight_NK.T).square().sum(-1).clamp(min=torch.finfo(torch.float32).tiny)
+            self._shares.setdefault(module, []).append(change_TN.square().sum(-1) / energy_T)
 
 
 @contextmanager

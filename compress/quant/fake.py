@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from compress.quant.qtensor import QTensor
-from compress.quant.schemes import Scheme, quantize, to_blocks
+from compress.quant.qtensor import QTensor, to_blocks
+from compress.quant.rounding import quantize
+from compress.quant.schemes import Scheme
 
 _CHUNK = 1 << 17
 """Values done at a time on the CPU, so that every step finds them in the processor's cache."""

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from compress.quant.schemes import Scheme, round_to_nearest, to_blocks
+from compress.quant.qtensor import to_blocks
+from compress.quant.rounding import round_to_nearest
+from compress.quant.schemes import Scheme
 
 CLIPS = (0.65, 0.70, 0.75, 0.80, 0.85, 0.90, 0.95, 1.0, 1.05, 1.10)
 """Candidates: the block's extreme over the outermost code, times these."""

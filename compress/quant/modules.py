@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from compress.quant.qtensor import QTensor
-from compress.quant.schemes import round_activations
+from compress.quant.rounding import round_activations
 
 
 class QuantLinear(nn.Module):

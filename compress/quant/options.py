@@ -12,7 +12,7 @@ from compress.errors import Problem
 from compress.hardware import this_machine
 from compress.models.anatomy import ModelShape
 from compress.quant.choice import MixedSchemes, matches
-from compress.quant.schemes import BLOCK_SIZES, SCHEMES, Role, Scheme, SchemeName, unsupported
+from compress.quant.schemes import BLOCK_SIZES, SCHEMES, Scheme, SchemeName, not_gathered
 from compress.registry import did_you_mean
 
 Method = Literal["rtn", "search", "gptq"]
@@ -180,13 +180,9 @@ class QuantizeOptions(BaseModel):
     def _unsupported(self, model: ModelShape) -> Iterator[Problem]:
         if self.head and (model.tie_word_embeddings or model.family.kind == "encoder"):
             yield Problem("head", "this model has no output head with weights of its own", "use embeddings")
-        tables: tuple[tuple[str, Role, str | None], ...] = (
-            ("embeddings", "embedding", self.embeddings), ("head", "head", self.head),
-        )  # fmt: skip
-        for option, role, name in tables:
-            scheme = self._given(name) if name else None
-            if scheme and (what := unsupported(scheme, role, model.hidden_size)):
-                yield Problem(option, what, "use a block-wise scheme whose blocks fill the rows, or float32")
+        table = self._given(self.embeddings) if self.embeddings else None
+        if table and (what := not_gathered(table, model.hidden_size)):
+            yield Problem("embeddings", what, "use a block-wise scheme whose blocks fill the rows, or float32")
 
     def _named(self) -> list[Scheme]:
         """Every scheme that the options name."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from compress.quant.schemes import Scheme, to_blocks
+from compress.quant.schemes import Scheme
 
 PARTS = ("codes", "scales", "zero_points", "input_scale", "input_zero_point")
 """What `pack` may give."""
@@ -96,16 +96,30 @@ class QTensor:
     @classmethod
     def unpack(cls, stored: Mapping[str, Tensor], scheme: Scheme, k: int) -> QTensor:
         """The inverse of `pack` for rows of `k` weights. Raises ValueError where shapes or values do not fit."""
-        codes, scale = stored["codes"], stored["scales"].float()
-        zero_point = stored.get("zero_points")
+        if missing := {"codes", "scales"} - stored.keys():
+            raise ValueError(f"has no {' and no '.join(sorted(missing))}")
+        codes, scale, zero_point = stored["codes"], stored["scales"].float(), stored.get("zero_points")
+        wanted = torch.uint8 if scheme.blockwise else torch.int8
+        for part, dtype in (codes, wanted), (zero_point, torch.uint8):
+            if part is not None and part.dtype != dtype:
+                raise ValueError(f"codes are stored as {part.dtype}, and those of {scheme.name} are {dtype}")
         if scheme.blockwise:
             codes = _unpack(codes.flatten(1), scheme.bits)[:, :k]
             zero_point = None if zero_point is None else _unpack(zero_point, scheme.bits)[:, : scale.shape[1]]
+        if zero_point is not None and zero_point.shape != scale.shape:
+            raise ValueError(f"{tuple(zero_point.shape)} zero points do not go with {tuple(scale.shape)} scales")
         if codes.shape[1] != k or scale.shape != (len(codes), scheme.num_blocks(k)):
             raise ValueError(f"codes {tuple(codes.shape)} and scales {tuple(scale.shape)} are no {scheme.name} of {k}")
         if scheme.static and not stored.keys() >= {"input_scale", "input_zero_point"}:
             raise ValueError(f"{scheme.name} activations have no range")
         return cls(codes, scale, zero_point, scheme, stored.get("input_scale"), stored.get("input_zero_point"))
+
+
+def to_blocks(weight_NK: Tensor, scheme: Scheme) -> Tensor:
+    """(N, K) → (N, K_blocks, block), the last block padded with zeros."""
+    n, k = weight_NK.shape
+    block = scheme.block_size or k
+    return pad(weight_NK, (0, scheme.num_blocks(k) * block - k)).reshape(n, -1, block)
 
 
 def _pack(codes: Tensor, bits: int) -> Tensor:

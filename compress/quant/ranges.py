@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from compress.quant.calibrate import Range, Watcher
 from compress.quant.options import Ranges
-from compress.quant.schemes import activation_range
+from compress.quant.rounding import activation_range
 
 NUM_BINS = 8192
 LEVELS = 255

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from compress.models.parts import Parts
 from compress.quant.calibrate import Watcher
 from compress.quant.modules import set_weight, weight_of
-from compress.quant.schemes import Scheme, quantize
+from compress.quant.rounding import quantize
+from compress.quant.schemes import Scheme
 from compress.quant.search import output_error
 
 ALPHAS = tuple(step / 10 for step in range(11))

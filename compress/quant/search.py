@@ -11,7 +11,8 @@ from torch import Tensor
 
 from compress.quant.grid import search_grid
 from compress.quant.qtensor import QTensor
-from compress.quant.schemes import Scheme, quantize
+from compress.quant.rounding import quantize
+from compress.quant.schemes import Scheme
 
 SHRINKAGE = 0.3
 """Share of each correlation between channels that is not believed: a few thousand tokens of one text do not tell them
@@ -31,9 +32,10 @@ def search_scales(weight_NK: Tensor, scheme: Scheme, importance_K: Tensor | None
 def output_error(weight_NK: Tensor, rounded_NK: Tensor, moment_KK: Tensor | None) -> float:
     """tr(E H Eᵀ) / tr(W H Wᵀ): the output's mean square error relative to the output's mean square.
 
-    Without a moment, the weight's own: H = 1.
+    Without a moment, the weight's own: H = 1. 0 where there is no output, and none after rounding.
     """
-    return (_energy(weight_NK - rounded_NK, moment_KK) / _energy(weight_NK, moment_KK)).item()
+    energy = _energy(weight_NK, moment_KK).clamp(min=torch.finfo(torch.float32).tiny)
+    return (_energy(weight_NK - rounded_NK, moment_KK) / energy).item()
 
 
 def gptq(

@@ -107,7 +107,7 @@ def _unpacked(stored: Mapping[str, Tensor], declared: Mapping[str, Any], name: s
     try:
         scheme, k = _declared(declared, name, parts["codes"])
         return QTensor.unpack(parts, scheme, k)
-    except (ValueError, KeyError) as error:
+    except ValueError as error:
         raise CompressError(str(folder / WEIGHTS), f"{name}: {error}", "run its stage again") from error
 
 
@@ -139,10 +139,13 @@ def load_quantized_model(folder: Path, *, accuracy_level: int = 0) -> PreTrained
     config = transformers.AutoConfig.for_model(**plain)
     with torch.device("meta"):
         architecture: Any = type(auto.from_config(config))
-    model, report = architecture.from_pretrained(None, config=config, state_dict=state, output_loading_info=True)
+    model, report = architecture.from_pretrained(
+        None, config=config, state_dict=state, output_loading_info=True,
+        ignore_mismatched_sizes=True,  # told below
+    )  # fmt: skip
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if report.get(kind):
-            names = ", ".join(map(str, sorted(report[kind])[:3]))
+        if report.get(kind):  # a mismatched one is (name, shape, the shape that is wanted)
+            names = ", ".join(key if isinstance(key, str) else key[0] for key in sorted(report[kind])[:3])
             raise CompressError(str(folder), f"the weights do not fit config.json: {kind} {names}", "is it complete?")
     assert isinstance(model, transformers.PreTrainedModel)
     model.train(False)
@@ -163,9 +166,12 @@ def _exceptions(tensor: QTensor, scheme: Scheme) -> dict[str, Any]:
 
 
 def _declared(declared: Mapping[str, Any], name: str, codes: Tensor) -> tuple[Scheme, int]:
-    """The scheme of a weight and its number of input channels. Raises KeyError or ValueError for unknown ones."""
+    """The scheme of a weight and its number of input channels. Raises ValueError for unknown ones."""
     own = declared.get("tensors", {}).get(name, {})
-    scheme = SCHEMES[own.get("scheme", declared["scheme"])]
+    scheme_name = own.get("scheme", declared["scheme"])
+    if scheme_name not in SCHEMES:
+        raise ValueError(f"config.json names no scheme of compress: {scheme_name!r}")
+    scheme = SCHEMES[scheme_name]
     if not scheme.blockwise:
         return (scheme.reduced if declared.get("reduce_range") else scheme), codes.shape[1]
     if not own.get("symmetric", declared.get("symmetric", True)):

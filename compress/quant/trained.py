@@ -13,7 +13,8 @@ from torch.nn import functional
 from compress.quant.fake import fake_quant, inside_cells, straight_through, whole_codes
 from compress.quant.modules import exchange, output_head, set_weight
 from compress.quant.qtensor import QTensor
-from compress.quant.schemes import Scheme, quantize, round_activations
+from compress.quant.rounding import quantize, round_activations
+from compress.quant.schemes import Scheme
 
 Learn = Literal["weights", "scales", "both"]
 ACTIVATIONS = Scheme("uint8", bits=8, symmetric=False)

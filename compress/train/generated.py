@@ -49,11 +49,12 @@ class Vocabulary:
         """Without special tokens, which packed text has not either, but the beginning where the tokenizer puts one."""
         settings = (tokenizer, model.config, model.generation_config)
         named = [getattr(each, "eos_token_id", None) for each in settings]
-        ends = {id_ for each in named for id_ in (each if isinstance(each, list) else [each]) if isinstance(id_, int)}
-        plain = {*tokenizer.get_vocab().values()} - {*tokenizer.all_special_ids, *ends}
-        known = sorted(id_ for id_ in plain if id_ < model.config.vocab_size)
+        known = range(model.config.vocab_size)
+        listed = [id_ for each in named for id_ in (each if isinstance(each, list) else [each])]
+        ends = {id_ for id_ in listed if isinstance(id_, int) and id_ in known}
+        plain = {id_ for id_ in tokenizer.get_vocab().values() if id_ in known} - {*tokenizer.all_special_ids, *ends}
         start = tuple(id_ for id_ in tokenizer("")["input_ids"] if id_ == tokenizer.bos_token_id)
-        return cls(start, np.array(known, np.int64), tuple(sorted(ends)))
+        return cls(start, np.array(sorted(plain), np.int64), tuple(sorted(ends)))
 
 
 @dataclass(frozen=True)
@@ -148,32 +149,33 @@ def generate_blocks(author: Author, num_blocks: int, length: int, seed: int, wor
     folder = work / "generated" / str(length)
     folder.mkdir(parents=True, exist_ok=True)
     most = max(1, min(_CHUNK_DOCUMENTS, _CHUNK_TOKENS // length))
-    chunks: list[Ids] = []
-    blocks_NT = np.empty((0, length), np.int64)
+    blocks: list[Ids] = []
+    rest_T, num_chunks = np.empty(0, np.int64), 0
     with reporter.progress("writing text", num_blocks) as advance:
-        while len(blocks_NT) < num_blocks:
-            file, missing = folder / f"{len(chunks)}.npy", num_blocks - len(blocks_NT)
+        while len(blocks) < num_blocks:
+            file, missing = folder / f"{num_chunks}.npy", num_blocks - len(blocks)
             if not file.exists():
-                _keep(file, author.write(min(most, missing), length, np.random.default_rng([seed, len(chunks)])))
-            chunks.append(np.load(file))
-            blocks_NT = packed(np.concatenate(chunks))[:num_blocks]
-            advance(len(blocks_NT) - num_blocks + missing)
-    return blocks_NT
+                _keep(file, author.write(min(most, missing), length, np.random.default_rng([seed, num_chunks])))
+            more, rest_T = packed(np.load(file), rest_T)
+            blocks += more
+            num_chunks += 1
+            advance(min(len(more), missing))
+    return np.stack(blocks[:num_blocks])
 
 
-def packed(documents_DT: Ids) -> Ids:
-    """(N, T): blocks of the tokens of documents padded with _NONE; a last, incomplete block is left out."""
-    length, blocks, rest = documents_DT.shape[1], [], np.empty(0, np.int64)
+def packed(documents_DT: Ids, rest_T: Ids) -> tuple[list[Ids], Ids]:
+    """Blocks of T tokens of documents padded with _NONE, and what is left over; rest_T: what was left over before."""
+    length, blocks = documents_DT.shape[1], []
     for row_T in documents_DT:
-        document = row_T[row_T != _NONE]
-        if len(document) == length:
-            blocks.append(document)
+        document_T = row_T[row_T != _NONE]
+        if len(document_T) == length:
+            blocks.append(document_T)
             continue
-        rest = np.concatenate([rest, document])
-        if len(rest) >= length:
-            blocks.append(rest[:length])
-            rest = rest[length:]
-    return np.array(blocks, np.int64).reshape(-1, length)
+        rest_T = np.concatenate([rest_T, document_T])
+        if len(rest_T) >= length:
+            blocks.append(rest_T[:length])
+            rest_T = rest_T[length:]
+    return blocks, rest_T
 
 
 def _to_write(teacher: Path, bits: int | None, precision: Precision) -> PreTrainedModel:

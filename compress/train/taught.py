@@ -48,10 +48,17 @@ class TaughtOptions(TrainingOptions):
     def problems(self, model: ModelShape) -> Iterator[Problem]:
         """What does not fit together, or does not fit `model` or its teacher; `where` is the option's name."""
         yield from super().problems(model)
+        try:
+            teacher = model if self.teacher_model is None else _shape(self.teacher_model)
+        except InvalidInput as error:
+            yield from error.problems
+            return
+        if teacher is None:  # told when it is fetched
+            return
         if self.teacher_bits is not None:
-            yield from misfits("teacher_bits", self.teacher_bits, model)
+            yield from misfits("teacher_bits", self.teacher_bits, teacher)
         if self.teacher_model is not None:
-            yield from _teacher_problems(self.teacher_model, model, self.loss)
+            yield from _misfits(teacher, model, self.loss)
 
     def twin_options(self) -> dict[str, object]:
         """Changes that make a training two steps long, with the pipeline's own random twin for a teacher."""
@@ -103,12 +110,16 @@ def figures(evaluation: Mapping[str, float]) -> dict[str, float]:
     return named
 
 
-def _teacher_problems(text: str, model: ModelShape, loss: LossWeights) -> Iterator[Problem]:
-    try:
-        config = _source(text).config()
-        teacher = model if config is None else shape_of(config, "teacher_model")
-    except InvalidInput as error:
-        yield from error.problems
+def _shape(teacher_model: str) -> ModelShape | None:
+    """None where its config has to be fetched. Raises InvalidInput for what is no model that can be read."""
+    config = _source(teacher_model).config()
+    return None if config is None else shape_of(config, "teacher_model")
+
+
+def _misfits(teacher: ModelShape, model: ModelShape, loss: LossWeights) -> Iterator[Problem]:
+    if teacher.family.kind != model.family.kind:
+        what = f"is of the kind {teacher.family.kind}, and the model {model.family.kind}"
+        yield Problem("teacher_model", what, "choose a teacher of the same kind")
         return
     if teacher.vocab_size != model.vocab_size:
         what = f"has a vocabulary of {teacher.vocab_size} tokens, and the model {model.vocab_size}"

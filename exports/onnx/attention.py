@@ -83,7 +83,7 @@ def project(
         if packed:
             return (qkv,)
         q_width, kv_width = shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
-        return graph.ops("Split", [qkv, graph.ints(q_width, kv_width, kv_width)], 3, attributes={"axis": -1})
+        return graph.split(qkv, q_width, kv_width, kv_width)
     if lanes_D is not None:
         what = "GroupQueryAttention can't rotate heads of this width where q and k stand apart"
         raise StageFailed("export-onnx.fused", what, "set fused: false")
@@ -180,7 +180,7 @@ def rotate(blocks: Blocks, x: str, inputs: PlainInputs) -> str:
     graph, head_dim = blocks.graph, blocks.model.shape.head_dim
     half = blocks.model.rotary[0].shape[1]
     sizes = [half, half, head_dim - 2 * half][: 2 if head_dim == 2 * half else 3]
-    first, second, *rest = graph.ops("Split", [x, graph.ints(*sizes)], len(sizes), attributes={"axis": -1})
+    first, second, *rest = graph.split(x, *sizes)
     turned = graph.op("Concat", graph.op("Neg", second), first, axis=-1)
     plain = graph.op("Concat", first, second, axis=-1) if rest else x
     rotated = graph.op("Add", graph.op("Mul", plain, inputs.cos), graph.op("Mul", turned, inputs.sin))

@@ -50,6 +50,16 @@ class Blocks:
         product = self.graph.op("MatMul", x, self.graph.weight(f"{name}.weight", array(weight).T))
         return self.graph.op("Add", product, bias) if bias else product
 
+    def linears(self, x: str, *paths: str, name: str) -> tuple[str, ...]:
+        """`linear` of each path: by one operator, which reads and rounds x once, where one can hold them all.
+
+        name: what the stacked weight is called.
+        """
+        if not self.can_stack(*paths):
+            return tuple(self.linear(x, path) for path in paths)
+        whole, widths = self.linear(x, *paths, name=name), [self.model.matrix(path).shape[0] for path in paths]
+        return self.graph.split(whole, *widths)
+
     def can_stack(self, *paths: str) -> bool:
         """Whether one operator can hold the modules at `paths`."""
         return stackable([self.model.matrix(path) for path in paths])

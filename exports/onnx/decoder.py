@@ -14,7 +14,7 @@ import numpy as np
 from compress.exports.onnx.attention import FusedInputs, fused_attention, plain_attention
 from compress.exports.onnx.blocks import Blocks, Stream
 from compress.exports.onnx.graph import Dimension, Graph
-from compress.exports.onnx.inputs import Inputs, decoder_inputs, last_index, positions, size
+from compress.exports.onnx.inputs import Inputs, decoder_inputs, num_real, positions, size
 from compress.exports.onnx.mixer import mixer, state_shapes
 from compress.exports.onnx.weights import Model
 from compress.runtime.session import LOGITS_TO_KEEP
@@ -96,13 +96,15 @@ def _mixed(blocks: Blocks, x: str, layer: int, inputs: Inputs) -> tuple[str, dic
 def mlp(blocks: Blocks, x: str, layer: int) -> str:
     """`down(act(gate(x))·up(x))`, or `down(act(up(x)))`."""
     graph, model, anatomy = blocks.graph, blocks.model, blocks.model.shape.family.mlp
+    up, down = model.layer(layer, anatomy.up), model.layer(layer, anatomy.down)
     with graph.scope("mlp"):
-        up = blocks.linear(x, model.layer(layer, anatomy.up))
         if anatomy.gate:
-            hidden = graph.op("Mul", blocks.activation(blocks.linear(x, model.layer(layer, anatomy.gate))), up)
+            gate = model.layer(layer, anatomy.gate)
+            gated, raised = blocks.linears(x, gate, up, name=model.layer(layer, "mlp.gate_up_proj"))
+            hidden = graph.op("Mul", blocks.activation(gated), raised)
         else:
-            hidden = blocks.activation(up)
-        return blocks.linear(hidden, model.layer(layer, anatomy.down))
+            hidden = blocks.activation(blocks.linear(x, up))
+        return blocks.linear(hidden, down)
 
 
 def _kept(graph: Graph, hidden_BTK: str) -> str:
@@ -110,14 +112,10 @@ def _kept(graph: Graph, hidden_BTK: str) -> str:
 
     A row that is shorter than that begins with its first token.
     """
-    keep, one = graph.default_input(LOGITS_TO_KEEP, np.array(1, np.int64)), graph.scalar(1, np.int64)
-    num_new = size(graph, "input_ids", 1)
-    num_kept = graph.op("Where", graph.op("Equal", keep, graph.scalar(0, np.int64)), num_new, keep)
-    num_past = graph.op("Sub", size(graph, "attention_mask", 1), num_new)
-    before = graph.op("Add", num_past, graph.op("Sub", num_kept, one))
-    first_B = graph.op("Max", graph.op("Sub", last_index(graph), before), graph.scalar(0, np.int64))
-    steps_N = graph.op("Range", graph.scalar(0, np.int64), num_kept, one)
-    index_BN = graph.op("Add", graph.op("Unsqueeze", first_B, graph.ints(1)), steps_N)
+    keep, zero = graph.default_input(LOGITS_TO_KEEP, np.array(1, np.int64)), graph.scalar(0, np.int64)
+    num_kept = graph.op("Where", graph.op("Equal", keep, zero), size(graph, "input_ids", 1), keep)
+    first_B1 = graph.op("Max", graph.op("Sub", num_real(graph), num_kept), zero)
+    index_BN = graph.op("Add", first_B1, graph.op("Range", zero, num_kept, graph.scalar(1, np.int64)))
     return graph.op("GatherND", hidden_BTK, graph.op("Unsqueeze", index_BN, graph.ints(2)), batch_dims=1)
 
 

@@ -27,12 +27,8 @@ def features(blocks: Blocks, qk: str, kind: FeatureMap, path: str, rotary: Rotar
         mapped = graph.op("Transpose", _map(blocks, rotated_BNTD, kind, path), perm=(0, 2, 1, 3))
         return graph.op("Reshape", mapped, graph.ints(0, 0, -1))
     rotated = _rotate_packed(blocks, qk, num_heads, rotary)
-    if kind != "hedgehog":
-        heads_BTND = graph.op("Reshape", rotated, graph.ints(0, 0, num_heads, head_dim))
-        return graph.op("Reshape", _map(blocks, heads_BTND, kind, path), graph.ints(0, 0, -1))
     heads_XND = graph.op("Reshape", rotated, graph.ints(-1, num_heads, head_dim))  # X = B·T
-    mapped_XNK = graph.op("Transpose", _map(blocks, heads_XND, kind, path), perm=(1, 0, 2))
-    return graph.op("Reshape", mapped_XNK, packed)
+    return graph.op("Reshape", _map(blocks, heads_XND, kind, path), packed)
 
 
 def _rotate_packed(blocks: Blocks, qk: str, num_heads: int, rotary: tuple[str, str, str]) -> str:
@@ -43,7 +39,7 @@ def _rotate_packed(blocks: Blocks, qk: str, num_heads: int, rotary: tuple[str, s
 
 
 def _map(blocks: Blocks, x: str, kind: FeatureMap, path: str) -> str:
-    """φ of heads `(…, D)`: of hedgehog's `(B, N, T, D)`, or, by fused operators, `(X, N, D)` → `(N, X, K)`."""
+    """φ of heads, `(B, N, T, D)` → `(B, N, T, K)`, or, by fused operators, `(X, N, D)` → `(X, N, K)`."""
     graph, head_dim = blocks.graph, blocks.model.shape.head_dim
     if kind == "l2":  # x/√(Σx² + ε) is the root mean square norm with ε/D and the weight 1/√D
         unit = graph.constant("unit", np.full(head_dim, head_dim**-0.5, np.float32))
@@ -51,7 +47,10 @@ def _map(blocks: Blocks, x: str, kind: FeatureMap, path: str) -> str:
     if kind == "hedgehog":
         weight_NDD = np.concatenate([blocks.model.vector(f"{path}feature_map_{part}.weight") for part in "qk"])
         weight = graph.weight(f"{path}feature_map.weight", weight_NDD.transpose(0, 2, 1))
-        x = graph.fused("FusedMatMul", x, weight, transBatchA=1) if blocks.fused else graph.op("MatMul", x, weight)
+        if blocks.fused:
+            x = graph.op("Transpose", graph.fused("FusedMatMul", x, weight, transBatchA=1), perm=(1, 0, 2))
+        else:
+            x = graph.op("MatMul", x, weight)
         return of_both_signs(blocks, x)
     return graph.op("Softmax", x, axis=-1)
 

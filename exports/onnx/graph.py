@@ -113,6 +113,12 @@ class Graph:
         """Add one of ONNX Runtime's own operators with one output."""
         return self.ops(kind, inputs, 1, domain=MICROSOFT, attributes=attributes)[0]
 
+    def split(self, x: str, *widths: int) -> tuple[str, ...]:
+        """Parts of so many channels of the last axis of `x`."""
+        if len(widths) == 1:
+            return (x,)
+        return self.ops("Split", [x, self.ints(*widths)], len(widths), attributes={"axis": -1})
+
     def ops(self, kind: str, inputs: Sequence[str], outputs: int | Sequence[bool], *, domain: str = "",
             attributes: Mapping[str, Attribute] | None = None) -> tuple[str, ...]:  # fmt: skip
         """Add a node with several outputs: how many, or for each whether it is wanted (`""` where not).

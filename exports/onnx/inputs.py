@@ -44,16 +44,15 @@ def takes_padding(blocks: Blocks) -> bool:
 def positions(graph: Graph) -> str:
     """`(B, T)`: after what the mask says is there already; from 0 in a prompt, padded on the right or not."""
     num_new = size(graph, "input_ids", 1)
-    num_seen = graph.op("ReduceSum", "attention_mask", graph.ints(1), keepdims=1)
-    start = graph.op("Max", graph.op("Sub", num_seen, num_new), graph.ints(0))
+    start = graph.op("Max", graph.op("Sub", _num_seen(graph), num_new), graph.ints(0))
     steps = graph.op("Range", graph.scalar(0, np.int64), num_new, graph.scalar(1, np.int64))
     return graph.op("Add", start, steps)
 
 
-def last_index(graph: Graph) -> str:
-    """`(B,)` int64: where each row's last token stands among S, padding on the right left out."""
-    num_seen = graph.op("ReduceSum", "attention_mask", graph.ints(1), keepdims=0)
-    return graph.op("Sub", num_seen, graph.scalar(1, np.int64))
+def num_real(graph: Graph) -> str:
+    """`(B, 1)`: how many of each row's T new tokens are no padding on the right; below 1 in steps after such a prompt."""
+    num_past = graph.op("Sub", size(graph, "attention_mask", 1), size(graph, "input_ids", 1))
+    return graph.op("Sub", _num_seen(graph), num_past)
 
 
 def size(graph: Graph, value: str, axis: int) -> str:
@@ -61,9 +60,15 @@ def size(graph: Graph, value: str, axis: int) -> str:
     return graph.op("Gather", graph.op("Shape", value), graph.scalar(axis, np.int64), axis=0)
 
 
+def _num_seen(graph: Graph) -> str:
+    """`(B, 1)`: how many of each row's S tokens are no padding."""
+    return graph.op("ReduceSum", "attention_mask", graph.ints(1), keepdims=1)
+
+
 def _fused_inputs(blocks: Blocks) -> FusedInputs:
     graph, rotary = blocks.graph, blocks.model.rotary
-    last = graph.op("Cast", last_index(graph), to=6)
+    last_B = graph.op("Sub", graph.op("Squeeze", _num_seen(graph), graph.ints(1)), graph.scalar(1, np.int64))
+    last = graph.op("Cast", last_B, to=6)
     total = graph.op("Cast", size(graph, "attention_mask", 1), to=6)
     if rotary is None:
         return FusedInputs(last, total)
@@ -87,11 +92,9 @@ def _mixer_inputs(blocks: Blocks, *, native: bool) -> MixerInputs:
 
 def _new_tokens(graph: Graph) -> str:
     """`(B, T, 1)`: 1 for a new token, 0 for padding on its right. A single new token is never padding."""
-    num_new, total = size(graph, "input_ids", 1), size(graph, "attention_mask", 1)
-    num_seen = graph.op("ReduceSum", "attention_mask", graph.ints(1), keepdims=1)
+    num_new = size(graph, "input_ids", 1)
     is_step = graph.op("Equal", num_new, graph.scalar(1, np.int64))
-    limit = graph.op("Sub", num_seen, graph.op("Sub", total, num_new))
-    limit_B1 = graph.op("Where", is_step, num_new, limit)
+    limit_B1 = graph.op("Where", is_step, num_new, num_real(graph))
     steps_T = graph.op("Range", graph.scalar(0, np.int64), num_new, graph.scalar(1, np.int64))
     return graph.op("Unsqueeze", graph.op("Cast", graph.op("Less", steps_T, limit_B1), to=1), graph.ints(2))
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from compress.exports.onnx.blocks import Blocks
 from compress.exports.onnx.features import Rotary, features
+from compress.exports.onnx.graph import Attribute
 from compress.exports.onnx.recurrence import causal_conv, linear_attention
 from compress.exports.onnx.weights import Model
 from compress.mixers.spec import EPSILON, MixerSpec
@@ -122,13 +123,13 @@ class _Mixer:
             v = blocks.linear(x, paths[2], rows=rows, constant=one)
             whole = graph.op("Concat", *(blocks.linear(x, path) for path in paths[:2]), v, axis=-1)
         if has_norms:
-            qk, v = self._split(whole, qk_width, v_width)
+            qk, v = graph.split(whole, qk_width, v_width)
             qk = self._norm_heads(qk)
             if not self.spec.conv_kernel:
                 return qk, v, self._pass_on()
             whole = graph.op("Concat", qk, v, axis=-1)
         whole, state = self._convolve(whole) if self.spec.conv_kernel else (whole, self._pass_on())
-        qk, v = self._split(whole, qk_width, v_width)
+        qk, v = graph.split(whole, qk_width, v_width)
         return qk, v, state
 
     def _value_rows(self, first: int) -> NDArray[np.int64]:
@@ -148,7 +149,14 @@ class _Mixer:
         return graph.op("Reshape", scaled, graph.ints(0, 0, -1))
 
     def _pass_on(self) -> str:
-        return self.blocks.graph.op("Identity", self._past("conv")) if self.blocks.fused else ""
+        """The unused state as it is: one copy for all the layers that only onnxruntime-genai wants it of."""
+        if not self.blocks.fused:
+            return ""
+        graph, specs = self.blocks.graph, self.blocks.model.mixers
+        layers = [layer for layer, spec in enumerate(specs) if spec and not spec.conv_kernel]
+        whole = graph.op("Concat", *(f"past.{layer}.conv" for layer in layers), axis=1)
+        split: dict[str, Attribute] = {"axis": 1, "num_outputs": len(layers)}
+        return graph.ops("Split", [whole], len(layers), attributes=split)[layers.index(self.layer)]
 
     def _convolve(self, x: str) -> tuple[str, str]:
         graph, spec = self.blocks.graph, self.spec
@@ -167,7 +175,7 @@ class _Mixer:
         kind, inputs = self.spec.feature_map, self.inputs
         mapped = features(self.blocks, qk, kind, self._path(""), inputs.rotary, inputs.packed)
         key_dim = self.spec.key_dim(self._head_dim)
-        q, k = self._split(mapped, self._num_heads * key_dim, self._num_kv * key_dim)
+        q, k = self.blocks.graph.split(mapped, self._num_heads * key_dim, self._num_kv * key_dim)
         return q, k
 
     def _rates(self, x: str, v: str) -> tuple[str, str, str, str]:
@@ -177,9 +185,7 @@ class _Mixer:
         leaves += ["b_proj"] * spec.beta + ["g_proj"] * spec.gate
         if not leaves:
             return v, "", "", ""
-        stacked = self.blocks.linear(x, *map(self._path, leaves), name=self._path("rates"))
-        widths = [self._num_heads if leaf == "g_proj" else self._num_kv for leaf in leaves]
-        parts = iter(self._split(stacked, *widths))
+        parts = iter(self.blocks.linears(x, *map(self._path, leaves), name=self._path("rates")))
         decay = beta = gate = ""
         if spec.decay != "none":
             v, decay = self._decay(graph.op("Softplus", next(parts)), v)
@@ -193,10 +199,10 @@ class _Mixer:
     def _decay(self, rate_BTG: str, v: str) -> tuple[str, str]:
         """(v, log decay) of a positive rate: minus the rate, or Mamba-2's Δ·A with v·Δ."""
         graph, mask = self.blocks.graph, self.inputs.mask_BT1
+        if self.spec.decay == "scalar":
+            return v, graph.op("Mul", rate_BTG, graph.op("Neg", mask)) if mask else graph.op("Neg", rate_BTG)
         if mask:
             rate_BTG = graph.op("Mul", rate_BTG, mask)
-        if self.spec.decay == "scalar":
-            return v, graph.op("Neg", rate_BTG)
         wide = graph.constant(
             f"per_head.{self.spec.value_dim(self._head_dim)}",
             np.repeat(np.eye(self._num_kv, dtype=np.float32), self.spec.value_dim(self._head_dim), axis=1),
@@ -210,7 +216,7 @@ class _Mixer:
         heads = graph.op("Reshape", out_BTX, graph.ints(0, 0, self._num_heads, self.spec.value_dim(head_dim)))
         gate = graph.op("Unsqueeze", gate_BTH, graph.ints(3)) if gate_BTH else ""
         if self.spec.normalised:
-            numerator, denominator = self._split(heads, head_dim, 1)
+            numerator, denominator = graph.split(heads, head_dim, 1)
             denominator = graph.op("Add", denominator, graph.scalar(EPSILON / self._factor))
             if gate:
                 mixed = graph.op("Mul", numerator, graph.op("Div", gate, denominator))
@@ -221,9 +227,3 @@ class _Mixer:
             mixed = self.blocks.rms_norm(heads, graph.weight(self._path("norm.weight"), weight))
             mixed = graph.op("Mul", mixed, gate) if gate else mixed
         return graph.op("Reshape", mixed, graph.ints(0, 0, -1))
-
-    def _split(self, x: str, *widths: int) -> tuple[str, ...]:
-        if len(widths) == 1:
-            return (x,)
-        graph = self.blocks.graph
-        return graph.ops("Split", [x, graph.ints(*widths)], len(widths), attributes={"axis": -1})

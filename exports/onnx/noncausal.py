@@ -50,7 +50,7 @@ def noncausal_attention(blocks: Blocks, x: str, layer: int, mask_BT1: str) -> st
     mask_B1T1 = graph.op("Unsqueeze", mask_BT1, graph.ints(1))
     state_BHKV = graph.op("Concat", graph.op("MatMul", k_BHKT, v), graph.op("MatMul", k_BHKT, mask_B1T1), axis=-1)
     mixed = graph.op("MatMul", q_BHTK, state_BHKV)
-    num, den = graph.ops("Split", [mixed, graph.ints(head_dim, 1)], 2, attributes={"axis": -1})
+    num, den = graph.split(mixed, head_dim, 1)
     y_BHTD = graph.op("Div", num, graph.op("Add", den, graph.scalar(EPSILON)))
     return graph.op("Reshape", graph.op("Transpose", y_BHTD, perm=(0, 2, 1, 3)), graph.ints(0, 0, -1))
 

@@ -24,8 +24,8 @@ class Distill(TaughtOptions, Stage):
     """Trains the whole model to say what its teacher says.
 
     What comes out has the weights of the evaluation with the lowest loss on the eval split, be it the one before the
-    first step. A killed training goes on
-    from its last complete checkpoint; one that diverges stops, and its last good checkpoint is kept.
+    first step. A killed training goes on from its last complete checkpoint; one that diverges stops, and its last good
+    checkpoint is kept.
     """
 
     name: ClassVar[str] = "distill"

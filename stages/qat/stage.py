@@ -134,7 +134,8 @@ class Qat(TaughtOptions, QuantizeOptions, Stage):
             yield Problem("warm_start", "has no say where learn is scales: codes stay as they are", "remove it")
         schemes = [SCHEMES[name] for name in (*self.warm_start, self.scheme)]
         if any(scheme.activations != schemes[-1].activations for scheme in schemes):
-            yield Problem("warm_start", f"not every scheme rounds activations as {self.scheme} does", "w8-block32, …")
+            what = f"not every scheme rounds activations as {self.scheme} does"
+            yield Problem("warm_start", what, "block-wise schemes warm up for block-wise ones; else leave it out")
         elif any(_levels(wide) <= _levels(narrow) for wide, narrow in pairwise(schemes)):
             listed = ", ".join(scheme.name for scheme in schemes)
             yield Problem(

@@ -141,20 +141,26 @@ def test_answers_are_remembered_by_question(tmp_path):
     assert asked == [2, 2]
 
 
+def folders_of(arm: str, texts: Path) -> list[Path]:
+    """The artifact of an arm and its export."""
+    run = texts / "out" / "runs" / f"{arm}-0"
+    return [folder for stage in ("quantize", "export-onnx") for folder in run.glob(f"*-{stage}-*")]
+
+
 def test_the_proof_holds_for_a_real_export_and_sees_one_changed_code(pico, texts, in_process, capsys):
     given = ["--out", str(texts / "out"), "--train", str(texts / "train.txt"), "--text", str(texts / "novel.txt")]
-    small = ["--windows", "2", "--length", "16", "--new-tokens", "4", "--calibrate", '{"tokens": 64}']
-    schemes = ["w4-block32-rtn", "w2-block32-rtn", "w8a8-dynamic-rtn"]
+    small = ["--windows", "2", "--length", "16", "--new-tokens", "4"]
+    small += ["--calibrate", '{"tokens": 64, "sequence_length": 16}']
+    schemes = ["w4-block32-rtn", "w2-block32-rtn", "w8a8-dynamic-rtn", "w8a8-static-rtn"]
     quantisation_parity.main([str(pico("llama")), *given, *small, "--arms", *schemes])
-    lines = (texts / "out" / "parity.md").read_text().splitlines()[2:5]
+    lines = (texts / "out" / "parity.md").read_text().splitlines()[2:6]
     for line in lines:
         _, rows, unrounded, shipped, own, tokens = line.strip("| ").split(" | ")
         assert len(set(rows.split("/"))) == 1
         assert float(unrounded.split(" (")[0]) < 1e-5
         assert all(float(cell.strip(")").split(" (")[1]) < 5e-2 for cell in (shipped, own))  # a code or two flip
         assert tokens.startswith("4/4")
-    (quantised,) = (texts / "out" / "runs" / "w4-block32-rtn-0").glob("*-quantize-*")
-    (exported,) = (texts / "out" / "runs" / "w4-block32-rtn-0").glob("*-export-onnx-*")
+    quantised, exported = folders_of("w4-block32-rtn", texts)
     stored = quantisation_parity.stored_rows(quantised)
     assert quantisation_parity.graph_rows(exported) == stored
     graph = onnx.load(exported / "model.onnx", load_external_data=False)
@@ -164,4 +170,14 @@ def test_the_proof_holds_for_a_real_export_and_sees_one_changed_code(pico, texts
     data[place] ^= 1
     (exported / "model.onnx.data").write_bytes(data)
     assert (stored & quantisation_parity.graph_rows(exported)).total() == stored.total() - 1
+
+    quantised, exported = folders_of("w8a8-static-rtn", texts)
+    stored = quantisation_parity.stored_rows(quantised)
+    assert quantisation_parity.graph_rows(exported) == stored
+    graph = onnx.load(exported / "model.onnx", load_external_data=False)
+    scale = next(node.input[1] for node in graph.graph.node if node.op_type == "QuantizeLinear")
+    constant = next(each for each in graph.graph.initializer if each.name == scale)
+    constant.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(constant) * np.float32(1.01), scale))
+    onnx.save(graph, exported / "model.onnx")
+    assert (stored & quantisation_parity.graph_rows(exported)).total() < stored.total()
     capsys.readouterr()

@@ -48,14 +48,18 @@ def weights_of(folder: Path) -> Arrays:
 
 
 def found(stored: Arrays, weights: Arrays, name: str, source: Path) -> NDArray[Any]:
-    """The initialiser of a stored tensor, or its rows of the [q; k; v] that it stands in."""
+    """The initialiser of a stored tensor, or its rows of the [q; k; v] or [gate; up] that it stands in."""
     if name in weights:
         return weights[name]
-    attention = shape_of(json.loads((source / "config.json").read_text())).family.attention
-    leaves = [attention.q, attention.k, attention.v]
-    leaf = next(leaf for leaf in leaves if f".{leaf}.weight." in name)
+    family = shape_of(json.loads((source / "config.json").read_text())).family
+    stacks = {
+        "qkv_proj": [family.attention.q, family.attention.k, family.attention.v],
+        "mlp.gate_up_proj": [family.mlp.gate, family.mlp.up],
+    }
+    within = ((stack, leaf, leaves) for stack, leaves in stacks.items() for leaf in leaves)
+    stack, leaf, leaves = next(each for each in within if f".{each[1]}.weight." in name)
     first = sum(len(stored[name.replace(leaf, other)]) for other in leaves[: leaves.index(leaf)])
-    whole = weights[name.replace(leaf, "qkv_proj")]
+    whole = weights[name.replace(leaf, stack)]
     axis = 1 if whole.dtype == np.int8 else 0  # MatMulInteger's weights lie transposed
     return whole.take(np.arange(first, first + len(stored[name])), axis)
 
@@ -73,13 +77,26 @@ def test_integers_are_equal_to_the_bit_and_outputs_within_rounding(
     assert figures["parity_max_error"] < 1e-4
     assert figures["greedy_mismatches"] == 0
     stored, weights = load_file(source / "model.safetensors"), weights_of(out)
-    integers = [key for key in stored if key.endswith((".codes", ".zero_points"))]
-    assert len(integers) >= NUM_LAYERS * 6 * (1 if symmetric else 2)
-    for key in integers:
+    parts = [key for key in stored if key.endswith((".codes", ".scales", ".zero_points"))]
+    assert len(parts) >= NUM_LAYERS * 6 * (2 if symmetric else 3)
+    for key in parts:
         actual = found(stored, weights, key, source)
-        np.testing.assert_array_equal(actual.T if actual.dtype == np.int8 else actual, stored[key], err_msg=key)
+        actual = actual.T if actual.dtype == np.int8 else actual.reshape(stored[key].shape)
+        np.testing.assert_array_equal(actual, stored[key], err_msg=key)
+    assert ranges_of(out) == {
+        (stored[key].item(), stored[key.replace("scale", "zero_point")].item())
+        for key in stored if key.endswith(".input_scale")
+    }  # fmt: skip
     model, graph = load_quantized_model(source, accuracy_level=4), OnnxModel(out, threads=1)
     assert np.median([relative_error(model, graph, prompt) for prompt in PROMPTS]) < 1e-3
+
+
+def ranges_of(folder: Path) -> set[tuple[float, int]]:
+    """(scale, zero point) of every tensor of activations that is rounded over a stored range."""
+    weights, nodes = weights_of(folder), onnx.load(folder / "model.onnx").graph.node
+    pairs = [node.input[1:] for node in nodes if node.op_type in ("QuantizeLinear", "DequantizeLinear")]
+    pairs = [pair for pair in pairs if weights[pair[0]].ndim == 0]
+    return {(weights[scale].item(), weights[zero].item()) for scale, zero in pairs}
 
 
 def relative_error(model: Any, graph: OnnxModel, prompt: NDArray[np.int64]) -> float:
@@ -115,7 +132,10 @@ def test_standard_operators_hold_4_and_8_bits(picos: dict[str, Path], tmp_path: 
     assert run[scheme.activations] in optimised(out, tmp_path)
     stored, weights = load_file(source / "model.safetensors"), weights_of(out)
     own = read_quantized(source)[1]
-    for name in (key.removesuffix(".codes") for key in stored if key.endswith("down_proj.weight.codes")):
+    last = ("mlp.down_proj.weight.codes", "output.dense.weight.codes")
+    names = [key.removesuffix(".codes") for key in stored if key.endswith(last)]
+    assert len(names) >= NUM_LAYERS
+    for name in names:
         tensor = own[name]
         assert isinstance(tensor, QTensor)
         np.testing.assert_array_equal(weights[f"{name}.codes"].astype(np.int16).T, tensor.codes.short().numpy())
@@ -124,7 +144,7 @@ def test_standard_operators_hold_4_and_8_bits(picos: dict[str, Path], tmp_path: 
 def test_static_activations_run_on_integers_and_are_rounded_once(picos: dict[str, Path], tmp_path: Path) -> None:
     out = tmp_path / "out"
     choice = MixedSchemes(STATIC, {"k_proj": W8})  # q and v stand apart, and read the same codes
-    for folder, mixed, products in ((out, None, 5), (tmp_path / "mixed", choice, 6)):
+    for folder, mixed, products in ((out, None, 4), (tmp_path / "mixed", choice, 5)):
         source = quantised(picos["llama"], tmp_path / f"q{products}", STATIC, mixed)
         export(source, folder, "quantized")
         kinds = [kind for _, kind in operators(folder)]
@@ -170,7 +190,9 @@ def test_int8_cache(tmp_path: Path, kind: str, options: dict[str, Any]) -> None:
     graph = OnnxModel(out, threads=1)
     cached = [slot for slot in graph.cache if None in slot.sizes]
     assert {slot.dtype for slot in cached} == {np.dtype(np.int8)}
-    assert figures["kv_cache_mb@1024"] * 1e6 >= sum(1024 * slot.sizes[0] * slot.sizes[2] for slot in cached)  # type: ignore[operator]
+    codes = sum(1024 * slot.sizes[0] * slot.sizes[2] for slot in cached)  # type: ignore[operator]
+    states = sum(slot.empty(1, 1024).nbytes for slot in graph.cache if slot not in cached)
+    assert figures["kv_cache_mb@1024"] * 1e6 == pytest.approx(codes + states)
     assert not (out / "model.float_cache.onnx").exists()
     prompt = PROMPTS.reshape(1, -1)
     tokens = genai_tokens(out, prompt, 24)

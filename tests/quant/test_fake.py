@@ -10,7 +10,8 @@ from torch import Tensor
 
 from compress.quant import fake
 from compress.quant.fake import fake_quant, inside_cells, straight_through
-from compress.quant.schemes import SCHEMES, W4_BLOCK32, Scheme, quantize, round_activations, round_to_nearest
+from compress.quant.rounding import quantize, round_activations, round_to_nearest
+from compress.quant.schemes import SCHEMES, W4_BLOCK32, Scheme
 from compress.quant.search import search_scales
 from compress.quant.trained import ACTIVATIONS
 

@@ -15,16 +15,8 @@ from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from compress.quant.modules import QuantEmbedding, QuantLinear
 from compress.quant.qtensor import QTensor
-from compress.quant.schemes import (
-    SCHEMES,
-    W4_BLOCK32,
-    W8A8_DYNAMIC,
-    W8A8_STATIC,
-    Scheme,
-    activation_range,
-    quantize,
-    round_activations,
-)
+from compress.quant.rounding import activation_range, quantize, round_activations
+from compress.quant.schemes import SCHEMES, W4_BLOCK32, W8A8_DYNAMIC, W8A8_STATIC, Scheme
 
 Arrays = Mapping[str, NDArray[Any]]
 SYMMETRIC = [scheme for scheme in SCHEMES.values() if scheme.blockwise]

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from compress.quant.ranges import NUM_BINS, Histogram, InputRanges
-from compress.quant.schemes import W8A8_STATIC, round_activations
+from compress.quant.rounding import round_activations
+from compress.quant.schemes import W8A8_STATIC
 
 
 def filled(*batches: torch.Tensor) -> Histogram:

@@ -13,8 +13,9 @@ from compress.models.parts import Parts
 from compress.quant.apply import quantize_model
 from compress.quant.modules import set_weight, weight_of
 from compress.quant.options import QuantizeOptions
+from compress.quant.rounding import quantize
 from compress.quant.scaling import ALPHAS, Fold, awq_factors, folds, smoothquant_factors, unfolded
-from compress.quant.schemes import SCHEMES, quantize
+from compress.quant.schemes import SCHEMES
 from compress.quant.search import output_error
 from pico import MODEL_TYPES, VOCAB_SIZE, make_hybrid
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from compress.quant.choice import MixedSchemes, matches
 from compress.quant.qtensor import QTensor
+from compress.quant.rounding import activation_range, quantize, round_activations, round_to_nearest
 from compress.quant.schemes import (
     SCHEMES,
     TERNARY,
@@ -21,11 +22,7 @@ from compress.quant.schemes import (
     W8A8_STATIC,
     Scheme,
     SchemeName,
-    activation_range,
-    quantize,
-    round_activations,
-    round_to_nearest,
-    unsupported,
+    not_gathered,
 )
 
 BLOCKWISE = [scheme for scheme in SCHEMES.values() if scheme.blockwise]
@@ -228,12 +225,10 @@ def test_blocks_that_fill_a_row(scheme: Scheme) -> None:
     assert (narrower.bits, narrower.symmetric) == (scheme.bits, scheme.symmetric)
 
 
-def test_what_the_runtime_refuses() -> None:
-    assert unsupported(W4_BLOCK32, "projection", 80) is None
-    assert unsupported(W4_BLOCK32, "embedding", 96) is None
-    assert "multiple of 32, these have 80" in str(unsupported(W4_BLOCK32, "embedding", 80))
-    assert "GatherBlockQuantized" in str(unsupported(W8A8_DYNAMIC, "embedding", 96))
-    assert unsupported(W8A8_DYNAMIC, "head", 80) is None
+def test_what_the_runtime_does_not_gather() -> None:
+    assert not_gathered(W4_BLOCK32, 96) is None
+    assert "multiple of 32, these have 80" in str(not_gathered(W4_BLOCK32, 80))
+    assert "has no per-channel weights" in str(not_gathered(W8A8_DYNAMIC, 96))
 
 
 def test_a_mixed_choice() -> None:

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from compress.quant.grid import search_grid
 from compress.quant.qtensor import QTensor
-from compress.quant.schemes import SCHEMES, W4_BLOCK32, Scheme, quantize
+from compress.quant.rounding import quantize
+from compress.quant.schemes import SCHEMES, W4_BLOCK32, Scheme
 from compress.quant.search import DAMPING, gptq, output_error, search_scales
 
 SOME = [
@@ -117,6 +118,11 @@ def test_gptq_of_unrelated_alike_inputs_rounds_to_nearest() -> None:
     found = gptq(weight_NK, W4_BLOCK32, torch.eye(64))
     torch.testing.assert_close(found.scale, search_scales(weight_NK, W4_BLOCK32).scale)
     assert torch.equal(found.codes, quantize(weight_NK, W4_BLOCK32, found.scale).codes)
+
+
+def test_a_weight_of_zeros_has_no_error() -> None:
+    zeros_NK = torch.zeros(4, 64)
+    assert output_error(zeros_NK, zeros_NK, None) == output_error(zeros_NK, zeros_NK, torch.eye(64)) == 0.0
 
 
 def test_rows_in_several_parts_are_the_same_rows(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,17 +19,8 @@ from compress.models.parts import Parts
 from compress.quant.choice import MixedSchemes, SchemeChoice
 from compress.quant.modules import QuantEmbedding, QuantLinear, weight_of
 from compress.quant.qtensor import QTensor
-from compress.quant.schemes import (
-    SCHEMES,
-    TERNARY,
-    W4_BLOCK32,
-    W8_BLOCK32,
-    W8A8_DYNAMIC,
-    W8A8_STATIC,
-    Scheme,
-    activation_range,
-    quantize,
-)
+from compress.quant.rounding import activation_range, quantize
+from compress.quant.schemes import SCHEMES, TERNARY, W4_BLOCK32, W8_BLOCK32, W8A8_DYNAMIC, W8A8_STATIC, Scheme
 from compress.quant.store import load_quantized_model, read_quantized, save_quantized
 from compress.quant.targets import all_targets
 from pico import VOCAB_SIZE, make_pico
@@ -162,6 +153,25 @@ def test_parts_that_are_missing_are_refused_by_name(pico: Pico, tmp_path: Path) 
         save_file(stored, out / "model.safetensors")
         with pytest.raises(CompressError, match=f"model{UP}: "):
             read_quantized(out)
+
+
+def test_parts_that_are_not_what_they_were_are_refused_by_name(pico: Pico, tmp_path: Path) -> None:
+    asymmetric = W4_BLOCK32.asymmetric
+    out = save(pico("llama"), quantised(pico("llama"), asymmetric), asymmetric, tmp_path / "q")
+    stored = load_file(out / "model.safetensors")
+    codes, scales, zeros = (stored[f"model{UP}.{part}"] for part in ("codes", "scales", "zero_points"))
+    fewer_rows = {"codes": codes[:9], "scales": scales[:9], "zero_points": zeros[:9]}
+    damages: list[tuple[dict[str, torch.Tensor], str]] = [
+        ({"codes": codes.float()}, r"codes are stored as torch\.float32"),
+        ({"zero_points": zeros.float()}, r"codes are stored as"),
+        ({"zero_points": zeros[:9]}, "zero points do not go with"),
+        (fewer_rows, f"mismatched_keys model{UP}"),
+    ]
+    for parts, said in damages:
+        own = {f"model{UP}.{part}": value.contiguous() for part, value in parts.items()}
+        save_file({**stored, **own}, out / "model.safetensors")
+        with pytest.raises(CompressError, match=said):
+            load_quantized_model(out)
 
 
 def test_a_quantised_folder_is_not_quantised_twice(pico: Pico, tmp_path: Path) -> None:

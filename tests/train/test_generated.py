@@ -94,9 +94,10 @@ def test_a_document_begins_as_the_tokenizer_begins_one(pico):
 
 def test_short_documents_share_blocks():
     none = -1
-    documents = [[1, 2, 3, 0], [4, 5, 6, 7], [8, 0, none, none], [9, 0, none, none], [3, 0, none, none]]
-    assert packed(np.array(documents)).tolist() == [[1, 2, 3, 0], [4, 5, 6, 7], [8, 0, 9, 0]]
-    assert packed(np.array(documents[-1:])).shape == (0, 4)
+    documents = np.array([[8, 0, none, none], [4, 5, 6, 7], [9, 0, none, none], [3, 0, none, none]])
+    blocks, rest = packed(documents, np.array([1]))
+    assert np.array(blocks).tolist() == [[4, 5, 6, 7], [1, 8, 0, 9]]
+    assert rest.tolist() == [0, 3, 0]
 
 
 def test_a_seed_gives_the_same_text_again(llama, tmp_path):

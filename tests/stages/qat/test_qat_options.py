@@ -38,6 +38,8 @@ def test_what_check_refuses(pico: Pico) -> None:
     assert wheres(method="rtn", calibration_tokens=1024) == ["calibration_tokens"]
     assert wheres(method="rtn", act_order=True) == ["act_order"]
     assert wheres(teacher_bits=4) == ["teacher_bits"]
+    assert wheres(teacher_model=str(pico("mistral"))) == []
+    assert wheres(teacher_model=str(pico("bert"))) == ["teacher_model"]
     assert [problem.where for problem in Qat(sequence_length=512).check(llama)] == ["sequence_length"]
     with pytest.raises(ValidationError):
         Qat(warm_start=("w3-block32",))  # type: ignore[arg-type]
