@@ -50,7 +50,7 @@ def positions(graph: Graph) -> str:
 
 
 def num_real(graph: Graph) -> str:
-    """`(B, 1)`: how many of each row's T new tokens are no padding on the right; below 1 in steps after such a prompt."""
+    """`(B, 1)`: how many of each row's T new tokens are no padding on the right; below 1 in a step after some."""
     num_past = graph.op("Sub", size(graph, "attention_mask", 1), size(graph, "input_ids", 1))
     return graph.op("Sub", _num_seen(graph), num_past)
 
