@@ -44,5 +44,5 @@ def test_the_quickstart(tmp_path: Path) -> None:
     assert run["state"] == "done"
     figures = run["figures"]
     assert (Path(tmp_path / run["deploy"]) / "genai_config.json").is_file()
-    assert figures["distill"]["kl"] < figures["prune-layers"]["kl"]
+    assert figures["qat"]["kl_to_teacher"] < figures["start"]["kl_to_teacher"]
     assert figures["source"]["tpot_ms@128"] / figures["result"]["tpot_ms@128"] > 2.6
