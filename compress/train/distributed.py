@@ -72,4 +72,5 @@ def _exchange(work: object) -> tuple[Callable[[object, Reporter], object], objec
 def _leave() -> None:
     from torch import distributed
 
+    distributed.barrier()  # none closes its end while another still waits on it
     distributed.destroy_process_group()
