@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from trained import context, qat
+from teaching import context
+from trained import qat
 
 from compress.errors import CompressError, StageFailed
 from compress.models.load import load_model, load_tokenizer
