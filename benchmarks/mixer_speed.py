@@ -28,12 +28,17 @@ from compress.benchmarks.timing import Ratio, ratio, summarise
 from compress.hardware import PeakMemory
 from compress.mixers.features import FeatureMap
 from compress.mixers.scan import chunked, naive
+from compress.mixers.window import window_attention
 from compress.report.tables import Table, as_markdown
 
 HEADS, GROUPS, HEAD_DIM = 9, 3, 64
 LENGTHS = (256, 1024, 4096, 16384)
 NAIVE_LIMIT = 1024
-PAIRS = (("sdpa", "linear"), ("sdpa", "gated"), ("sdpa", "gated_delta"), ("linear, naive", "linear"))
+WINDOW = 64
+PAIRS = (
+    ("sdpa", "linear"), ("sdpa", "gated"), ("sdpa", "gated, window"), ("sdpa", "gated_delta"),
+    ("linear, naive", "linear"),
+)  # fmt: skip
 PASSES = ("forward + backward", "forward")
 
 Form = Callable[[Mapping[str, Tensor]], Tensor]
@@ -58,6 +63,16 @@ def gated(inputs: Mapping[str, Tensor]) -> Tensor:
     return _normalised(inputs, chunked, inputs["log_decay"])
 
 
+def gated_window(inputs: Mapping[str, Tensor]) -> Tensor:
+    """The same of the tokens before a window of WINDOW, with softmax over that."""
+    k, v = (F.pad(inputs[name], (0, 0, 0, 0, WINDOW, 0)) for name in ("k", "v"))
+    seen_BS = torch.arange(k.shape[1])[None] >= WINDOW
+    near_BTHD = window_attention(inputs["q"], k, v, seen_BS)
+    length = inputs["q"].shape[1]
+    before = {"q": inputs["q"], "k": k[:, :length], "v": v[:, :length]}
+    return near_BTHD + _normalised(before, chunked, inputs["log_decay"])
+
+
 def gated_delta(inputs: Mapping[str, Tensor]) -> Tensor:
     """Unit-length features, d_k 64, d_v 64, normed by the root mean square."""
     feature_map = FeatureMap("l2", HEADS, HEAD_DIM)
@@ -72,7 +87,8 @@ def linear_naive(inputs: Mapping[str, Tensor]) -> Tensor:
 
 
 FORMS: Mapping[str, Form] = {
-    "sdpa": sdpa, "linear": linear, "gated": gated, "gated_delta": gated_delta, "linear, naive": linear_naive,
+    "sdpa": sdpa, "linear": linear, "gated": gated, "gated, window": gated_window, "gated_delta": gated_delta,
+    "linear, naive": linear_naive,
 }  # fmt: skip
 
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+from compress.mixers.spec import SPECS, MixerSpec
 
 VOCAB_SIZE = 512
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gpt_neox", "gpt2", "bert")
@@ -82,20 +85,28 @@ def make_pico(model_type: str, folder: Path, *, num_hidden_layers: int = 4, seed
     return folder
 
 
+def mixer_spec(name: str) -> MixerSpec:
+    """`gated-linear`, or `gated-linear@8` with a window of 8 tokens."""
+    kind, _, window = name.partition("@")
+    return replace(SPECS[kind], window=int(window or 0))  # type: ignore[index]
+
+
 def make_hybrid(
     model_type: str, folder: Path, mixers: Sequence[str | None] = ("mamba2", None, "gated-delta", "linear"),
     *, layer_types: Sequence[str] | None = None, sliding_window: int | None = None, **overrides: Any,
 ) -> Path:  # fmt: skip
-    """Write a pico model of `model_type` whose layers have these mixers, with random weights in all of their parts."""
+    """Write a pico model of `model_type` whose layers have these mixers, with random weights in all of their parts.
+
+    `gated-linear@8` is the mixer gated-linear with a window of 8 tokens.
+    """
     import tempfile
 
     import torch
 
-    from compress.mixers.spec import SPECS
     from compress.models.convert import to_hybrid
     from compress.models.load import load_model, save_model
 
-    specs = [SPECS[name] if name else None for name in mixers]  # type: ignore[index]
+    specs = [mixer_spec(name) if name else None for name in mixers]
     with tempfile.TemporaryDirectory() as temporary:
         source = make_pico(model_type, Path(temporary), num_hidden_layers=len(specs), **overrides)
         softmax = load_model(source)

@@ -18,6 +18,8 @@ from transformers.cache_utils import LinearAttentionCacheLayerMixin
 class MixerLayer(LinearAttentionCacheLayerMixin):
     """One mixer's states: recurrent (B, G, d_k, d_v) in float32, and conv (B, channels, kernel − 1) where it has one.
 
+    A mixer with a window keeps that, (B, window, G, D + d_v), as its conv state.
+
     Unlike transformers' own layer it replaces states instead of overwriting them, so that gradients pass through.
     """
 

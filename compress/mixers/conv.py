@@ -35,16 +35,16 @@ def causal_conv(
             reached = segment[:, j : j + length] == segment[:, taps - 1 :]
             shifted = shifted * reached.unsqueeze(-1)
         y_BTC = y_BTC + shifted * weight_CK[:, j].float()
-    return y_BTC.to(x_BTC.dtype), _last(padded, taps - 1, valid_BT).mT
+    return y_BTC.to(x_BTC.dtype), last_valid(padded, taps - 1, valid_BT).mT
 
 
-def _last(padded_BSC: Tensor, count: int, valid_BT: Tensor | None) -> Tensor:
-    """The `count` columns that end at each row's last valid token."""
+def last_valid(x_BS: Tensor, count: int, valid_BT: Tensor | None) -> Tensor:
+    """(B, count, …) of (B, S = count + T, …): those that end with the last of the T tokens that is no padding."""
     if valid_BT is None:
-        return padded_BSC[:, padded_BSC.shape[1] - count :]
+        return x_BS[:, x_BS.shape[1] - count :]
     kept_B = (valid_BT * torch.arange(1, valid_BT.shape[1] + 1, device=valid_BT.device)).amax(1)
     index_BJ = kept_B.unsqueeze(1) + torch.arange(count, device=valid_BT.device)
-    return padded_BSC.gather(1, index_BJ.unsqueeze(-1).expand(-1, -1, padded_BSC.shape[2]))
+    return x_BS[torch.arange(len(x_BS), device=valid_BT.device).unsqueeze(1), index_BJ]
 
 
 class CausalConv(nn.Module):

@@ -12,10 +12,11 @@ from transformers import Cache, PretrainedConfig
 from transformers import initialization as init
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
-from .conv import CausalConv
+from .conv import CausalConv, last_valid
 from .features import FeatureMap
 from .scan import chunked, step
 from .spec import EPSILON, MixerSpec
+from .window import window_attention
 
 HORIZONS = (512.0, 16.0)
 """Tokens after which a head starts to forget a 1/e-th: the first head's and the last one's, geometric in between."""
@@ -27,7 +28,8 @@ class Mixer(nn.Module):
     Its projections (and Qwen3's q/k norms) have the names, shapes and biases of the attention that it replaces; what is
     new starts as the identity where it can. H query and G key/value heads of size D; query head h reads key/value head
     h // (H/G). Per sequence it keeps a float32 state (G, d_k, d_v) and, with a convolution, the last inputs of it
-    ((H + 2G)·D, kernel − 1), both in transformers' own linear-attention cache layer.
+    ((H + 2G)·D, kernel − 1), or, with a window, in the same place, its last keys and values (window, G, D + d_v): in
+    transformers' own linear-attention cache layer.
     """
 
     def __init__(self, config: PretrainedConfig, layer_idx: int) -> None:
@@ -59,6 +61,8 @@ class Mixer(nn.Module):
             self.b_proj = nn.Linear(hidden, groups)
         if spec.gate:
             self.g_proj = nn.Linear(hidden, heads)
+        if spec.window:
+            self.w_proj = nn.Linear(hidden, heads)
         if not spec.normalised:
             self.norm = LlamaRMSNorm(head_dim, eps=config.rms_norm_eps)
         self.reset_parameters()
@@ -80,6 +84,8 @@ class Mixer(nn.Module):
             _constant(self.b_proj, torch.zeros(self.groups))
         if self.spec.gate:
             _constant(self.g_proj, torch.zeros(self.heads))
+        if self.spec.window:
+            _constant(self.w_proj, torch.zeros(self.heads))
         if not self.spec.normalised:
             init.ones_(self.norm.weight)
 
@@ -101,14 +107,26 @@ class Mixer(nn.Module):
         valid_BT = None if padding_mask is None else padding_mask[:, -hidden_states.shape[1] :].bool()
         q, k, v = self._project(hidden_states, past_key_values, valid_BT, segment_start_BT)
         q, k = apply_rotary_pos_emb(q, k, *position_embeddings, unsqueeze_dim=2)
+        if self.spec.normalised:
+            v = F.pad(v, (0, 1), value=1.0)
+        if valid_BT is not None:
+            v = v * valid_BT[:, :, None, None]
+        near_BTHD = None
+        if self.spec.window:
+            near_BTHD, k, v = self._look_near(q, k, v, past_key_values, valid_BT, segment_start_BT)
         q, k = self.feature_map_q(q), self.feature_map_k(k)
         v, log_decay_BTG, beta_BTG = self._rates(hidden_states, v.float())
         if valid_BT is not None:
-            k = k * valid_BT[:, :, None, None]
             log_decay_BTG = None if log_decay_BTG is None else log_decay_BTG * valid_BT.unsqueeze(-1)
             beta_BTG = None if beta_BTG is None else beta_BTG * valid_BT.unsqueeze(-1)
         y_BTHV = self._scan(q, k, v, log_decay_BTG, beta_BTG, past_key_values, segment_start_BT)
-        y_BTHD = y_BTHV[..., :-1] / (y_BTHV[..., -1:] + EPSILON) if self.spec.normalised else self.norm(y_BTHV)
+        if near_BTHD is not None:
+            w_BTH1 = self.w_proj(hidden_states).float().exp().unsqueeze(-1)
+            y_BTHD = (w_BTH1 * near_BTHD + y_BTHV[..., :-1]) / (w_BTH1 + y_BTHV[..., -1:])
+        elif self.spec.normalised:
+            y_BTHD = y_BTHV[..., :-1] / (y_BTHV[..., -1:] + EPSILON)
+        else:
+            y_BTHD = self.norm(y_BTHV)
         if self.spec.gate:
             y_BTHD = y_BTHD * 2 * torch.sigmoid(self.g_proj(hidden_states).float()).unsqueeze(-1)
         return self.o_proj(y_BTHD.flatten(2).to(hidden_states.dtype)), None
@@ -132,10 +150,34 @@ class Mixer(nn.Module):
         q, k, v = qkv.unflatten(2, (-1, self.head_dim)).split([self.heads, self.groups, self.groups], 2)
         return q, k, v
 
+    def _look_near(
+        self, q: Tensor, k: Tensor, v: Tensor, cache: Cache | None, valid_BT: Tensor | None,
+        segment_start_BT: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """Softmax over the window (B, T, H, D), and the keys and values that leave it as these tokens come.
+
+        v's last column is 0 where a token is none.
+        """
+        batch, length, window = *q.shape[:2], self.spec.window
+        past = self._cached(cache, "conv_states")
+        new_BTGX = torch.cat([k, v], -1)
+        before = new_BTGX.new_zeros(batch, window, *new_BTGX.shape[2:]) if past is None else past.to(new_BTGX.dtype)
+        all_BSGX = torch.cat([before, new_BTGX], 1)
+        if cache is not None:
+            cache.update_conv_state(last_valid(all_BSGX, window, valid_BT), self.layer_idx)
+        k_BSGD, v_BSGV = all_BSGX.split([self.head_dim, v.shape[-1]], -1)
+        segment_BS = None if segment_start_BT is None else F.pad(segment_start_BT.cumsum(1), (window, 0), value=-1)
+        seen_BS = v_BSGV[:, :, 0, -1] != 0
+        near_BTHD = window_attention(q, k_BSGD, v_BSGV[..., :-1], seen_BS, segment_BS).float()
+        k_left, v_left = k_BSGD[:, :length], v_BSGV[:, :length]
+        if segment_BS is not None:
+            v_left = v_left * (segment_BS[:, :length] == segment_BS[:, window:])[:, :, None, None]
+        if valid_BT is not None:  # padding on the right pushes nothing out
+            v_left = v_left * valid_BT.flip(1).cummax(1).values.flip(1)[:, :, None, None]
+        return near_BTHD, k_left, v_left
+
     def _rates(self, x: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """The values that the scan takes (B, T, G, d_v), log decay and beta (B, T, G), all float32."""
-        if self.spec.normalised:
-            v = F.pad(v, (0, 1), value=1.0)
+        """The values as the scan takes them (B, T, G, d_v), log decay and beta (B, T, G), all float32."""
         log_decay_BTG = beta_BTG = None
         if self.spec.decay == "scalar":
             log_decay_BTG = -F.softplus(self.a_proj(x).float())

@@ -29,7 +29,8 @@ class MixerSpec:
     conv_kernel: taps of the depthwise causal convolution of q, k and v before the rotation; 0 for none.
     decay: none; scalar: log decay per key/value head, −softplus(a_proj x); dt: Mamba-2's Δ = softplus(dt_proj x) and
     A ≤ 0: log decay ΔA and the values scaled by Δ. gate: y·2σ(g_proj x), one factor a head. beta: σ(b_proj x), the
-    delta rule's step.
+    delta rule's step. window: softmax over so many last tokens, the linear attention over those before them, and
+    y = (w·softmax + num)/(w + den) with w = exp(w_proj x), one a head; 0 for none.
     """
 
     type: MixerType
@@ -39,6 +40,7 @@ class MixerSpec:
     decay: Literal["none", "scalar", "dt"] = "none"
     gate: bool = False
     beta: bool = False
+    window: int = 0
 
     @property
     def update_rule(self) -> UpdateRule:
@@ -55,18 +57,22 @@ class MixerSpec:
         """d_v: columns of the state of one head; the normaliser is the last one."""
         return head_dim + 1 if self.normalised else head_dim
 
+    def window_dim(self, num_key_value_heads: int, head_dim: int) -> int:
+        """Numbers that the window keeps of a token: keys, and values with the normaliser's column."""
+        return num_key_value_heads * (head_dim + self.value_dim(head_dim))
+
     def state_bytes(self, num_heads: int, num_key_value_heads: int, head_dim: int) -> int:
         """Bytes that one sequence keeps in this layer, in float32, whatever its length."""
         recurrent = num_key_value_heads * self.key_dim(head_dim) * self.value_dim(head_dim)
         inputs = (num_heads + 2 * num_key_value_heads) * head_dim * max(0, self.conv_kernel - 1)
-        return 4 * (recurrent + inputs)
+        return 4 * (recurrent + inputs + self.window * self.window_dim(num_key_value_heads, head_dim))
 
     def num_parameters(self, hidden_size: int, num_heads: int, num_key_value_heads: int, head_dim: int) -> int:
         """Parameters beyond those of the attention that it replaces."""
         h, g, d = num_heads, num_key_value_heads, head_dim
         maps = (h + g) * d * d if self.feature_map == "hedgehog" else 0
         conv = (h + 2 * g) * d * self.conv_kernel
-        rows = {"none": 0, "scalar": g, "dt": g}[self.decay] + h * self.gate + g * self.beta
+        rows = {"none": 0, "scalar": g, "dt": g}[self.decay] + h * self.gate + g * self.beta + h * (self.window > 0)
         rates = rows * (hidden_size + 1) + g * (self.decay == "dt")
         return maps + conv + rates + (0 if self.normalised else d)
 
@@ -83,7 +89,9 @@ SPECS: Mapping[MixerType, MixerSpec] = {
         "gated-delta", feature_map="l2", normalised=False, conv_kernel=4, decay="scalar", gate=True, beta=True
     ),
 }
-"""What each `to:` makes."""
+"""What each `to:` makes, without a window."""
+WINDOWED: frozenset[MixerType] = frozenset({"linear", "gated-linear"})
+"""Those that can have a window."""
 
 
 def read_specs(config: Mapping[str, Any]) -> tuple[MixerSpec | None, ...]:

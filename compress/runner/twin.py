@@ -98,6 +98,8 @@ def twin_config(config: Mapping[str, Any]) -> dict[str, Any]:
     twin = {**config, **cut, key("num_hidden_layers"): len(kept)}
     if config.get("sliding_window"):
         twin["sliding_window"] = min(config["sliding_window"], WINDOW)
+    if shape.mixers:
+        twin["mixers"] = [mixer and {**mixer, "window": min(mixer.get("window", 0), WINDOW)} for mixer in cut["mixers"]]
     if shape.head_dim > HEAD_DIM:
         for name in ("hidden_size", "intermediate_size"):
             width = getattr(shape, name) * HEAD_DIM / shape.head_dim

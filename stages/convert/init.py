@@ -15,9 +15,12 @@ from compress.models.parts import Parts
 from compress.stages.convert.layers import To, converted_shape
 
 
-def converted(model: PreTrainedModel, layers: Collection[int], to: To, window: int | None) -> PreTrainedModel:
-    """A copy of `model` in which `layers` (indices) mix as `to` says, from the weights that the model has there."""
-    shape = converted_shape(Parts(model).shape, sorted(layers), to, guessed=False)
+def converted(model: PreTrainedModel, layers: Collection[int], to: To, window: int) -> PreTrainedModel:
+    """A copy of `model` in which `layers` (indices) mix as `to` says, from the weights that the model has there.
+
+    window: of `sliding` layers, and of mixers that have one; 0 for none.
+    """
+    shape = converted_shape(Parts(model).shape, sorted(layers), to, window, guessed=False)
     return to_hybrid(model, shape.mixers, shape.layer_types, window if to == "sliding" else None)
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
 
 from compress.errors import Problem
-from compress.mixers.spec import FULL, LINEAR, SLIDING, SPECS
+from compress.mixers.spec import FULL, LINEAR, SLIDING, SPECS, WINDOWED
 from compress.models.anatomy import HYBRID, ModelShape
 from compress.models.layer_choice import count
 
@@ -47,13 +47,14 @@ def to_convert(model: ModelShape, to: To, keep: Asked | None, convert: Asked | N
     return free if number == len(free) else number
 
 
-def converted_shape(model: ModelShape, layers: Sequence[int], to: To, *, guessed: bool) -> ModelShape:
-    """`model` with `layers` converted. guessed: only their number is known."""
+def converted_shape(model: ModelShape, layers: Sequence[int], to: To, window: int, *, guessed: bool) -> ModelShape:
+    """`model` with `layers` converted. window: of mixers that have one, 0 for none. guessed: only their number is
+    known."""
     types = list(model.layer_types or (FULL,) * model.num_hidden_layers)
     mixers = list(model.mixers or (None,) * model.num_hidden_layers)
     for index in layers:
         types[index] = SLIDING if to == "sliding" else LINEAR
-        mixers[index] = None if to == "sliding" else SPECS[to]
+        mixers[index] = None if to == "sliding" else replace(SPECS[to], window=window)
     return replace(
         model, model_type=HYBRID + model.model_type.removeprefix(HYBRID), layer_types=tuple(types),
         mixers=tuple(mixers), layers_guessed=guessed or model.layers_guessed,
@@ -69,11 +70,27 @@ def impossible(model: ModelShape, to: To) -> Iterator[Problem]:
     if model.family.kind == "encoder" and to != "linear":
         what = f"{model.model_type} reads text in both directions, and {to} in one"
         yield Problem("to", what, "encoders take to: linear")
+    if to in _FOLLOWS and any(spec and spec.window for spec in model.mixers):
+        yield Problem(
+            "to", f"{to} has no window, and the model's linear layers have one", "convert them without a window"
+        )
     for feature in model.attention_features:
         yield Problem("to", f"the model's attention has {feature}, which can't be carried over", "take another model")
     if not model.attention_features and not candidates(model, to):
         has = " and ".join(sorted(set(kinds(model))))
         yield Problem("to", f"no layer is left that could be converted: they have {has}", "leave this stage out")
+
+
+def misfitting_window(model: ModelShape, to: To, window: int, lengths: Mapping[str, int]) -> Iterator[Problem]:
+    """Where a window covers all that is there. lengths: of the texts that are trained on, by option."""
+    for name, length in {"the model's positions": model.max_position_embeddings, **lengths}.items():
+        if window >= length:
+            then = "it would change nothing there" if to == "sliding" else "nothing is left for the linear attention"
+            what = f"{window} tokens are no fewer than {name}, {length}: {then}"
+            yield Problem("window", what, f"at most {length - 1}")
+    if to in WINDOWED and window and model.family.kind == "encoder":
+        what = f"{model.model_type} reads text in both directions, and a window looks back"
+        yield Problem("window", what, "remove it")
 
 
 def misnumbered(model: ModelShape, to: To, keep: Asked | None, convert: Asked | None) -> Iterator[Problem]:

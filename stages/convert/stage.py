@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 
 from compress.artifact import Format, Metrics
 from compress.errors import Problem
+from compress.mixers.spec import WINDOWED
 from compress.models.anatomy import ModelShape
 from compress.models.layer_choice import Layers, LayersOrNone
 from compress.stage import SOURCE, Ref, Stage, StageContext
@@ -20,6 +21,7 @@ from compress.stages.convert.layers import (
     converted_shape,
     evenly,
     impossible,
+    misfitting_window,
     misnumbered,
     to_convert,
 )
@@ -27,7 +29,7 @@ from compress.train.options import AlignOptions, StepOptions, TrainingOptions
 
 TEACHER = "teacher"
 FIGURES = ("num_softmax_layers", "state_mb", "kv_cache_mb@4096")
-WINDOW = 128
+SEEN = 128
 
 
 class HybridTraining(TrainingOptions):
@@ -74,7 +76,10 @@ class ConvertAttention(Stage):
         "dearer; uniform: softmax layers evenly spaced; random: by the seed; explicit: keep or convert lists them",
     )
     window: int | None = Field(
-        None, ge=1, description=f"tokens that a `sliding` layer sees, itself included; {WINDOW} where left out"
+        None,
+        ge=1,
+        description=f"tokens, itself included, that a `sliding` layer sees ({SEEN} where left out), or that `linear` "
+        "and `gated-linear` see with softmax, beside linear attention to those before (none where left out)",
     )
     init: Literal["attention", "random"] = Field(
         "attention", description="what mixers begin with; random is a control that knows nothing of the attention"
@@ -91,8 +96,8 @@ class ConvertAttention(Stage):
     def _fitting(self) -> Self:
         if self.keep is not None and self.convert is not None:
             raise ValueError("give either keep or convert")
-        if self.window is not None and self.to != "sliding":
-            raise ValueError(f"window is for `to: sliding`, and {self.to} has none: remove it")
+        if self.window is not None and self.to not in {"sliding", *WINDOWED}:
+            raise ValueError(f"window is for sliding, linear and gated-linear, and {self.to} has none: remove it")
         listed = isinstance(self.keep, tuple) or isinstance(self.convert, tuple)
         if self.select == "explicit" and not listed:
             raise ValueError("select: explicit needs a list of layers: give keep or convert as a list")
@@ -114,17 +119,13 @@ class ConvertAttention(Stage):
         if not wrong and self.preselected(model, 0) is None and self.select_tokens < self.block_length:
             what = f"{self.select_tokens} tokens do not fill one block of {self.block_length}"
             yield Problem("select_tokens", what, f"at least {self.block_length}")
-        if self.to == "sliding":
-            lengths = {f"{name}.sequence_length": each.sequence_length for name, each in self.trainings.items()}
-            for name, length in {"the model's positions": model.max_position_embeddings, **lengths}.items():
-                if self.num_seen >= length:
-                    what = f"{self.num_seen} tokens are no fewer than {name}, {length}: it would change nothing there"
-                    yield Problem("window", what, f"at most {length - 1}")
+        lengths = {f"{name}.sequence_length": each.sequence_length for name, each in self.trainings.items()}
+        yield from misfitting_window(model, self.to, self.num_seen, lengths)
 
     def shape(self, model: ModelShape) -> ModelShape:
         """The model with mixers; in which of its layers is a guess where that is measured or drawn."""
         known = None if self.select == "random" else self.preselected(model, 0)
-        return converted_shape(model, known or self._spread(model), self.to, guessed=known is None)
+        return converted_shape(model, known or self._spread(model), self.to, self.num_seen, guessed=known is None)
 
     def weight_bytes(self, model: ModelShape, before: float) -> float:
         """Every parameter in float32."""
@@ -145,7 +146,7 @@ class ConvertAttention(Stage):
         every = self.convert is None and self.keep in (None, 0)
         align = self.align and self.align.twin()
         changes = {
-            "keep": None, "convert": None if every else 1, "window": 8 if self.to == "sliding" else None,
+            "keep": None, "convert": None if every else 1, "window": 8 if self.num_seen else None,
             "select": "uniform" if self.select == "explicit" else self.select, "kl_tokens": 1,
             "select_tokens": (align or _ALIGN).sequence_length, "align": align,
             "distill": self.distill and self.distill.model_copy(update=self.distill.twin_options()),
@@ -182,8 +183,8 @@ class ConvertAttention(Stage):
 
     @property
     def num_seen(self) -> int:
-        """Tokens that a `sliding` layer sees."""
-        return self.window or WINDOW
+        """Tokens of the window; 0 where there is none."""
+        return self.window or (SEEN if self.to == "sliding" else 0)
 
     def preselected(self, model: ModelShape, seed: int) -> list[int] | None:
         """The layers to convert, where nothing has to be measured for it."""

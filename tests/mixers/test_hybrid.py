@@ -19,8 +19,9 @@ from pico import VOCAB_SIZE, make_hybrid, make_pico
 
 WINDOW = 8
 LAYOUTS: dict[str, dict[str, Any]] = {
-    "llama": {}, "mistral": {}, "qwen2": {}, "qwen3": {},
+    "llama": {}, "windows": {"mixers": ("gated-linear@6", None)}, "mistral": {}, "qwen2": {}, "qwen3": {},
     "all linear": {"mixers": ("linear", "mamba2", "gated-linear", "gated-delta")},
+    "all windows": {"mixers": ("linear@5", "gated-linear@5", "gated-linear@3", "gated-linear")},
     "sliding": {
         "mixers": (None, "gated-linear", None, "mamba2"), "sliding_window": WINDOW,
         "layer_types": ("sliding_attention", "linear_attention", "full_attention", "linear_attention"),

@@ -167,7 +167,7 @@ def test_a_config_that_does_not_fit_itself_is_refused(hybrids: Hybrids) -> None:
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_the_twin_has_layers_of_every_kind(model_type: str, tmp_path: Path) -> None:
-    kinds = ("linear", "linear", "linear", "linear", "linear", None, "mamba2", None)
+    kinds = ("linear@64", "linear@64", "linear@64", "linear@64", "linear@64", None, "mamba2", None)
     types = ["linear_attention" if kind else "full_attention" for kind in kinds]
     types[-1] = "sliding_attention"
     origin = make_hybrid(model_type, tmp_path / "origin", kinds, layer_types=types, sliding_window=64, head_dim=64)
@@ -175,7 +175,7 @@ def test_the_twin_has_layers_of_every_kind(model_type: str, tmp_path: Path) -> N
     assert type(model) is type(load_model(origin))
     assert model.config.layer_types == ["linear_attention", "full_attention", "linear_attention", "sliding_attention"]
     assert [mixer and mixer["type"] for mixer in model.config.mixers] == ["linear", None, "mamba2", None]
-    assert (model.config.sliding_window, model.config.head_dim) == (8, 32)
+    assert (model.config.sliding_window, model.config.mixers[0]["window"], model.config.head_dim) == (8, 8, 32)
     assert logits(model).isfinite().all()
 
 

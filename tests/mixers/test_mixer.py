@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -16,17 +17,18 @@ from transformers import (
     LlamaConfig,
     PreTrainedConfig,
 )
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from compress.mixers.mixer import Mixer
-from compress.mixers.spec import SPECS, MixerSpec
+from compress.mixers.spec import SPECS, WINDOWED, MixerSpec, MixerType
 
 SIZES = {
     "hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 16,
     "vocab_size": 32, "num_hidden_layers": 1,
 }  # fmt: skip
 LENGTH = 80
-each_type = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS.keys())
+CASES = {**SPECS, **{f"{name}, window": replace(SPECS[name], window=8) for name in sorted(WINDOWED)}}
+each_type = pytest.mark.parametrize("spec", CASES.values(), ids=CASES.keys())
 
 
 def config_of(spec: MixerSpec, model_type: str = "llama", **overrides: Any) -> PreTrainedConfig:
@@ -79,7 +81,8 @@ def test_it_takes_the_attentions_parameters(spec: MixerSpec, model_type: str, ov
     mixer = Mixer(config_of(spec, model_type, **overrides), 0)
     assert list(mixer.load_state_dict(attention.state_dict(), strict=False).unexpected_keys) == []
     new = {name.split(".")[0] for name in mixer.state_dict().keys() - attention.state_dict().keys()}
-    assert new <= {"feature_map_q", "feature_map_k", "conv", "a_proj", "dt_proj", "A", "g_proj", "b_proj", "norm"}
+    assert new <= {"feature_map_q", "feature_map_k", "conv", "a_proj", "dt_proj", "A", "g_proj", "b_proj", "norm",
+                   "w_proj"}  # fmt: skip
 
 
 def test_linear_is_softmax_attention_with_another_kernel() -> None:
@@ -98,6 +101,38 @@ def test_linear_is_softmax_attention_with_another_kernel() -> None:
         phi_k = features(mixer.feature_map_k.weight, k).repeat_interleave(3, 1)
         scores = (phi_q @ phi_k.mT).tril()
         y = scores @ heads(mixer.v_proj).repeat_interleave(3, 1) / (scores.sum(-1, keepdim=True) + 1e-6)
+        expected = mixer.o_proj(y.transpose(1, 2).flatten(2))
+    assert_near(run(mixer, x), expected)
+
+
+@pytest.mark.parametrize("name", sorted(WINDOWED))
+def test_a_window_over_all_that_is_there_is_softmax_attention(name: MixerType) -> None:
+    config = config_of(replace(SPECS[name], window=LENGTH))
+    config._attn_implementation = "sdpa"
+    mixer, attention, x = Mixer(config, 0).eval(), LlamaAttention(config, 0).eval(), hidden()
+    attention.load_state_dict(mixer.state_dict(), strict=False)
+    with torch.no_grad():
+        softmax = attention(x, rotation(range(LENGTH)), None)[0]
+    assert_near(run(mixer, x), softmax)
+
+
+def test_linear_attention_reads_what_the_window_does_not() -> None:
+    window, x = 8, hidden()
+    mixer = mixer_of(replace(SPECS["linear"], window=window))
+
+    def heads(projection: nn.Linear) -> Tensor:
+        return projection(x).unflatten(2, (-1, 8)).transpose(1, 2)
+
+    with torch.no_grad():
+        q, k = apply_rotary_pos_emb(heads(mixer.q_proj), heads(mixer.k_proj), *rotation(range(LENGTH)))
+        phi_q = mixer.feature_map_q(q.transpose(1, 2)).transpose(1, 2)
+        phi_k = mixer.feature_map_k(k.transpose(1, 2)).transpose(1, 2).repeat_interleave(3, 1)
+        k, v = (part.repeat_interleave(3, 1) for part in (k, heads(mixer.v_proj)))
+        distance_TT = torch.arange(LENGTH).unsqueeze(1) - torch.arange(LENGTH)
+        near = ((q @ k.mT) / 8**0.5).masked_fill((distance_TT < 0) | (distance_TT >= window), -torch.inf).softmax(-1)
+        far = (phi_q @ phi_k.mT).masked_fill(distance_TT < window, 0)
+        weight_BHT1 = mixer.w_proj(x).exp().mT.unsqueeze(-1)
+        y = (weight_BHT1 * near + far) @ v / (weight_BHT1 + far.sum(-1, keepdim=True))
         expected = mixer.o_proj(y.transpose(1, 2).flatten(2))
     assert_near(run(mixer, x), expected)
 

@@ -42,9 +42,15 @@ def config_of(out: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen3"])
-@pytest.mark.parametrize("to", ["linear", "gated-linear", "mamba2", "gated-delta", "sliding"])
-def test_what_is_written_reloads_as_what_was_made(to: str, model_type: str, pico: Pico, tmp_path: Path) -> None:
-    options: dict[str, Any] = {**BASE, "to": to, "convert": [1, 3], **({"window": 4} if to == "sliding" else {})}
+@pytest.mark.parametrize(
+    ("to", "window"),
+    [("linear", None), ("linear", 4), ("gated-linear", None), ("gated-linear", 4), ("mamba2", None),
+     ("gated-delta", None), ("sliding", 4)],
+)  # fmt: skip
+def test_what_is_written_reloads_as_what_was_made(
+    to: str, window: int | None, model_type: str, pico: Pico, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {**BASE, "to": to, "convert": [1, 3], "window": window}
     figures = convert(tmp_path, pico(model_type), **options)["result"]
     stage = ConvertAttention.model_validate(options)
     again = conversion.convert(conversion.prepare(stage, context(tmp_path, pico(model_type))), Reporter())
@@ -53,6 +59,7 @@ def test_what_is_written_reloads_as_what_was_made(to: str, model_type: str, pico
     assert (logits(reloaded) - logits(load_model(pico(model_type)))).abs().max() > 1e-2
     config = config_of(tmp_path / "out")
     assert [mixer and mixer["type"] for mixer in config["mixers"]] == [None, to if to != "sliding" else None] * 2
+    assert all(mixer["window"] == (window or 0) for mixer in config["mixers"] if mixer)
     assert config["layer_types"][::2] == ["full_attention"] * 2
     assert set(config["layer_types"][1::2]) == {"sliding_attention" if to == "sliding" else "linear_attention"}
     assert figures["num_softmax_layers"] == 2
@@ -68,6 +75,14 @@ def test_memory_is_stated(pico: Pico, tmp_path: Path) -> None:
     assert metrics["input"]["kv_cache_mb@4096"] == pytest.approx(4 * 2 * groups * size * 4 * 4096 / 1e6)
     assert metrics["result"]["kv_cache_mb@4096"] == pytest.approx(metrics["input"]["kv_cache_mb@4096"] / 4)
     assert metrics["result"]["train_tokens"] == 0
+
+
+def test_a_window_takes_memory_and_loses_less(pico: Pico, tmp_path: Path) -> None:
+    options = {"to": "gated-linear", "convert": [1, 3]}
+    plain = convert(tmp_path / "plain", pico("llama"), **options)["result"]
+    windowed = convert(tmp_path / "window", pico("llama"), window=8, **options)["result"]
+    assert windowed["state_mb"] - plain["state_mb"] == pytest.approx(2 * 4 * 8 * 2 * (16 + 17) / 1e6)
+    assert windowed["aligned_loss"] < 0.7 * plain["aligned_loss"]
 
 
 def test_the_second_step_starts_where_the_first_one_ended(tmp_path: Path, pico: Pico) -> None:

@@ -117,7 +117,7 @@ def test_a_window_that_changes_nothing(window: int, options: Any, what: str) -> 
 @pytest.mark.parametrize("to", ["linear", "gated-linear", "mamba2", "gated-delta", "sliding"])
 def test_converting_twice(to: str) -> None:
     once = converted({"to": to, "keep": [0]})
-    (where, message), = problems(once, to=to, convert=[3])
+    ((where, message),) = problems(once, to=to, convert=[3])
     assert where == "convert"
     name = "sliding_attention" if to == "sliding" else to
     assert f"layer 3 has {name}, and {to} is made from full_attention; choose from [0]" in message
@@ -154,6 +154,19 @@ def test_attention_that_can_not_be_carried_over_is_named(config: Any, named: str
     assert f"the model's attention has {named}, which can't be carried over" in message
 
 
+def test_a_window_leaves_linear_attention_something_to_read() -> None:
+    found = problems(shape_of(CONFIG), to="gated-linear", window=256)
+    assert {where for where, _ in found} == {"window"}
+    assert "nothing is left for the linear attention" in found[0][1]
+    assert problems(shape_of(CONFIG), to="gated-linear", window=255) == []
+
+
+def test_the_second_step_takes_no_window() -> None:
+    ((where, message),) = problems(converted({"to": "linear", "keep": [0], "window": 8}), to="mamba2")
+    assert where == "to"
+    assert "mamba2 has no window, and the model's linear layers have one" in message
+
+
 @pytest.mark.parametrize("config", [{"sliding_window": None}, {"sliding_window": 64, "use_sliding_window": False}])
 def test_a_window_that_is_not_in_use_is_no_feature(config: Any) -> None:
     assert problems(shape_of({**CONFIG, "model_type": "qwen2", **config})) == []
@@ -186,7 +199,8 @@ def test_encoders_take_linear_alone() -> None:
         ({"to": "linear", "keep": -1}, "number of layers from 0"),
         ({"to": "linear", "convert": 0}, "number of layers from 1"),
         ({"to": "linear", "convert": []}, "number of layers from 1"),
-        ({"to": "linear", "window": 8}, "window is for `to: sliding`"),
+        ({"to": "mamba2", "window": 8}, "window is for sliding, linear and gated-linear, and mamba2 has none"),
+        ({"to": "linear", "window": 0}, "greater than or equal to 1"),
         ({"to": "linear", "select": "explicit"}, "needs a list"),
         ({"to": "linear", "select": "explicit", "keep": 3}, "needs a list"),
         ({"to": "linear", "select": "kl", "convert": [3]}, "select has no say"),
