@@ -165,7 +165,7 @@ class Mixer(nn.Module):
         all_BSGX = torch.cat([before, new_BTGX], 1)
         if cache is not None:
             cache.update_conv_state(last_valid(all_BSGX, window, valid_BT), self.layer_idx)
-        k_BSGD, v_BSGV = all_BSGX.split([self.head_dim, v.shape[-1]], -1)
+        k_BSGD, v_BSGV = torch.split(all_BSGX, [self.head_dim, v.shape[-1]], -1)
         segment_BS = None if segment_start_BT is None else F.pad(segment_start_BT.cumsum(1), (window, 0), value=-1)
         seen_BS = v_BSGV[:, :, 0, -1] != 0
         near_BTHD = window_attention(q, k_BSGD, v_BSGV[..., :-1], seen_BS, segment_BS).float()

@@ -26,7 +26,7 @@ def window_attention(
     window = k_BSGD.shape[1] - length
     size = min(_BLOCK, length)
     missing = -length % size
-    q_NHCD = _padded(q_BTHD, missing).unflatten(1, (-1, size)).flatten(0, 1).transpose(1, 2)
+    q_NHCD = torch.unflatten(_padded(q_BTHD, missing), 1, (-1, size)).flatten(0, 1).transpose(1, 2)
     k_NGSD, v_NGSD = (_blocks(x, missing, size, window).movedim(-1, 2) for x in (k_BSGD, v_BSGD))
     query_C1 = window + torch.arange(size, device=q_BTHD.device).unsqueeze(1)
     key_S = torch.arange(window + size, device=q_BTHD.device)
@@ -36,7 +36,7 @@ def window_attention(
         mask = mask & (segment_NS.unsqueeze(1) == segment_NS[:, window:].unsqueeze(2))
     mask = mask | (key_S == query_C1)
     y_NHCD = F.scaled_dot_product_attention(q_NHCD, k_NGSD, v_NGSD, attn_mask=mask.unsqueeze(1), enable_gqa=True)
-    return y_NHCD.transpose(1, 2).unflatten(0, (len(q_BTHD), -1)).flatten(1, 2)[:, :length]
+    return torch.unflatten(y_NHCD.transpose(1, 2), 0, (len(q_BTHD), -1)).flatten(1, 2)[:, :length]
 
 
 def _padded(x_BT: Tensor, missing: int) -> Tensor:

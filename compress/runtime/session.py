@@ -106,7 +106,7 @@ class OnnxModel:
         if attention_mask is None:
             attention_mask = np.ones((batch_size, past.length + num_new), np.int64)
         elif not self.takes_padding and not attention_mask.all():
-            what = "can't take rows of different lengths: a convolution's state would be of the padding"
+            what = "can't take rows of different lengths: a convolution's or a window's state would be of the padding"
             raise CompressError(str(self.folder), what, "run the rows one by one, or export it with fused: false")
         feeds = self.token_feeds(input_ids, attention_mask)
         feeds.update({slot.past: value for slot, value in zip(self.cache, past, strict=True)})

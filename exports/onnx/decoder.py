@@ -15,7 +15,8 @@ from compress.exports.onnx.attention import FusedInputs, fused_attention, plain_
 from compress.exports.onnx.blocks import Blocks, Stream
 from compress.exports.onnx.graph import Dimension, Graph
 from compress.exports.onnx.inputs import Inputs, decoder_inputs, num_real, positions, size
-from compress.exports.onnx.mixer import mixer, state_shapes
+from compress.exports.onnx.mixer import mixer
+from compress.exports.onnx.states import state_shapes
 from compress.exports.onnx.weights import Model
 from compress.runtime.session import LOGITS_TO_KEEP
 

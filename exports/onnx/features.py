@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from compress.exports.onnx.attention import PlainInputs, rotate, split_heads
+from compress.exports.onnx.attention import PlainInputs, rotate
 from compress.exports.onnx.blocks import Blocks
 from compress.mixers.spec import FeatureMap
 
@@ -15,31 +15,33 @@ EPSILON = 1e-6
 """What is added to the square of a length."""
 
 Rotary = tuple[str, str, str] | PlainInputs
-"""The positions `(B, T)`, cosines and sines that `RotaryEmbedding` takes; or what `rotate` takes."""
+"""The positions `(B, T)`, cosines and sines that `RotaryEmbedding` takes; or cosines and sines for `rotate`, by token
+`(B, T, 1, rotary_dim)`."""
 
 
-def features(blocks: Blocks, qk: str, kind: FeatureMap, path: str, rotary: Rotary, packed: str) -> str:
-    """[q; k] `(B, T, N·D)` → `(B, T, N·K)`. path: of the mixer, with its dot. packed: the int64 vector [B, T, −1]."""
+def rotated(blocks: Blocks, qk: str, rotary: Rotary) -> str:
+    """[q; k] `(B, T, N·D)` turned by their positions."""
     graph, shape = blocks.graph, blocks.model.shape
-    num_heads, head_dim = shape.num_attention_heads + shape.num_key_value_heads, shape.head_dim
+    num_heads = shape.num_attention_heads + shape.num_key_value_heads
     if isinstance(rotary, PlainInputs):
-        rotated_BNTD = rotate(blocks, split_heads(blocks, qk, num_heads), rotary)
-        mapped = graph.op("Transpose", _map(blocks, rotated_BNTD, kind, path), perm=(0, 2, 1, 3))
-        return graph.op("Reshape", mapped, graph.ints(0, 0, -1))
-    rotated = _rotate_packed(blocks, qk, num_heads, rotary)
-    heads_XND = graph.op("Reshape", rotated, graph.ints(-1, num_heads, head_dim))  # X = B·T
+        heads_BTND = graph.op("Reshape", qk, graph.ints(0, 0, num_heads, shape.head_dim))
+        return graph.op("Reshape", rotate(blocks, heads_BTND, rotary), graph.ints(0, 0, -1))
+    assert blocks.model.rotary is not None
+    width = 2 * blocks.model.rotary[0].shape[1]
+    partly = {"rotary_embedding_dim": width} if width != shape.head_dim else {}
+    return graph.fused("RotaryEmbedding", qk, *rotary, num_heads=num_heads, interleaved=0, **partly)
+
+
+def features(blocks: Blocks, qk: str, kind: FeatureMap, path: str, packed: str) -> str:
+    """Rotated [q; k] `(B, T, N·D)` → `(B, T, N·K)`. path: of the mixer, with its dot. packed: int64 [B, T, −1]."""
+    graph, shape = blocks.graph, blocks.model.shape
+    num_heads = shape.num_attention_heads + shape.num_key_value_heads
+    heads_XND = graph.op("Reshape", qk, graph.ints(-1, num_heads, shape.head_dim))
     return graph.op("Reshape", _map(blocks, heads_XND, kind, path), packed)
 
 
-def _rotate_packed(blocks: Blocks, qk: str, num_heads: int, rotary: tuple[str, str, str]) -> str:
-    assert blocks.model.rotary is not None
-    width = 2 * blocks.model.rotary[0].shape[1]
-    partly = {"rotary_embedding_dim": width} if width != blocks.model.shape.head_dim else {}
-    return blocks.graph.fused("RotaryEmbedding", qk, *rotary, num_heads=num_heads, interleaved=0, **partly)
-
-
 def _map(blocks: Blocks, x: str, kind: FeatureMap, path: str) -> str:
-    """φ of heads, `(B, N, T, D)` → `(B, N, T, K)`, or, by fused operators, `(X, N, D)` → `(X, N, K)`."""
+    """φ of heads, `(X, N, D)` → `(X, N, K)` with X = B·T."""
     graph, head_dim = blocks.graph, blocks.model.shape.head_dim
     if kind == "l2":  # x/√(Σx² + ε) is the root mean square norm with ε/D and the weight 1/√D
         unit = graph.constant("unit", np.full(head_dim, head_dim**-0.5, np.float32))
@@ -48,10 +50,10 @@ def _map(blocks: Blocks, x: str, kind: FeatureMap, path: str) -> str:
         weight_NDD = np.concatenate([blocks.model.vector(f"{path}feature_map_{part}.weight") for part in "qk"])
         weight = graph.weight(f"{path}feature_map.weight", weight_NDD.transpose(0, 2, 1))
         if blocks.fused:
-            x = graph.op("Transpose", graph.fused("FusedMatMul", x, weight, transBatchA=1), perm=(1, 0, 2))
+            x_NXD = graph.fused("FusedMatMul", x, weight, transBatchA=1)
         else:
-            x = graph.op("MatMul", x, weight)
-        return of_both_signs(blocks, x)
+            x_NXD = graph.op("MatMul", graph.op("Transpose", x, perm=(1, 0, 2)), weight)
+        return of_both_signs(blocks, graph.op("Transpose", x_NXD, perm=(1, 0, 2)))
     return graph.op("Softmax", x, axis=-1)
 
 

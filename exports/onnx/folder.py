@@ -13,9 +13,9 @@ from compress.exports.onnx.encoder import Pooling, build_encoder
 from compress.exports.onnx.genai import genai_config
 from compress.exports.onnx.graph import Graph
 from compress.exports.onnx.inputs import takes_padding
-from compress.exports.onnx.mixer import state_shapes
 from compress.exports.onnx.operators import missing
 from compress.exports.onnx.recurrence import OPERATORS
+from compress.exports.onnx.states import state_shapes
 from compress.exports.onnx.tasks import task_of
 from compress.exports.onnx.weights import Model
 from compress.models.load import carry

@@ -16,10 +16,10 @@ from onnx import TensorProto, helper
 
 MODEL_FILE = "model.onnx"
 DATA_FILE = "model.onnx.data"
-OPSET = 21
 MICROSOFT = "com.microsoft"
 _ALIGNMENT = 64  # bytes: a cache line, so that a mapped weight needs no copy
-IR_VERSION = 10  # what opset 21 came with
+_VERSIONS, _NEWER_VERSIONS = (21, 10), (23, 11)  # an opset, and the IR that came with it
+_NEWER = {"Attention"}  # what the older one lacks
 
 Attribute = int | float | str | Sequence[int] | onnx.GraphProto
 Dimension = int | str
@@ -140,9 +140,7 @@ class Graph:
     def save(self, metadata: Mapping[str, str]) -> None:
         """Write `model.onnx`."""
         graph = helper.make_graph(self._nodes, self._name, self._inputs, self._outputs, [*self._initializers.values()])
-        domains = {node.domain for node in self._nodes} - {""}
-        opsets = [helper.make_opsetid("", OPSET), *(helper.make_opsetid(domain, 1) for domain in sorted(domains))]
-        model = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="compress")
+        model = as_model(graph)
         helper.set_model_props(model, dict(metadata))
         onnx.save(model, self._folder / MODEL_FILE)
 
@@ -159,6 +157,15 @@ class Graph:
                 for index, old in enumerate(names):
                     if old == value:
                         names[index] = name
+
+
+def as_model(graph: onnx.GraphProto) -> onnx.ModelProto:
+    """The graph with the lowest opset, of those that we write, that has all of its operators."""
+    is_newer = any(node.op_type in _NEWER and not node.domain for node in graph.node)
+    opset, ir_version = _NEWER_VERSIONS if is_newer else _VERSIONS
+    domains = {node.domain for node in graph.node} - {""}
+    opsets = [helper.make_opsetid("", opset), *(helper.make_opsetid(domain, 1) for domain in sorted(domains))]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=ir_version, producer_name="compress")
 
 
 def _two_a_byte(codes: NDArray[np.uint8]) -> NDArray[np.uint8]:

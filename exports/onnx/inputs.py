@@ -5,15 +5,17 @@ Shapes: B rows, T new tokens, P past tokens, S = P + T.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from compress.exports.onnx.attention import FusedInputs, PlainInputs, window
 from compress.exports.onnx.blocks import Blocks
+from compress.exports.onnx.features import Rotary
 from compress.exports.onnx.graph import Graph
 from compress.exports.onnx.mixer import MixerInputs
 from compress.exports.onnx.rotary import padded_rotary
+from compress.exports.onnx.window import BLOCK, WindowInputs
 
 
 @dataclass(frozen=True)
@@ -28,17 +30,17 @@ def decoder_inputs(blocks: Blocks, *, native: bool) -> Inputs:
     """Emit what the layers of this model need. native: as `MixerInputs`'."""
     mixers = blocks.model.mixers
     softmax_layers = [layer for layer, spec in enumerate(mixers) if spec is None]
+    attention: FusedInputs | PlainInputs | None = None
     if not blocks.fused:
-        plain = _plain_inputs(blocks, softmax_layers)
-        tokens = _last_columns(blocks.graph) if any(mixers) else ""
-        return Inputs(plain, MixerInputs(plain, tokens, "", native=False) if any(mixers) else None)
-    attention = _fused_inputs(blocks) if softmax_layers else None
-    return Inputs(attention, _mixer_inputs(blocks, native=native) if any(mixers) else None)
+        attention = _plain_inputs(blocks, softmax_layers)
+    elif softmax_layers:
+        attention = _fused_inputs(blocks)
+    return Inputs(attention, _mixer_inputs(blocks, attention, native=native) if any(mixers) else None)
 
 
 def takes_padding(blocks: Blocks) -> bool:
-    """Whether rows may be padded. Not on the right of a convolution, whose state is the last T, tokens or not."""
-    return not blocks.fused or not any(spec.conv_kernel for spec in blocks.model.mixers if spec)
+    """Whether rows may be padded. Not on the right of a convolution or window: its state is the last, tokens or not."""
+    return not blocks.fused or not any(spec.conv_kernel or spec.window for spec in blocks.model.mixers if spec)
 
 
 def positions(graph: Graph) -> str:
@@ -76,8 +78,23 @@ def _fused_inputs(blocks: Blocks) -> FusedInputs:
     return FusedInputs(last, total, graph.weight("cos_cache", cos), graph.weight("sin_cache", sin), lanes_D)
 
 
-def _mixer_inputs(blocks: Blocks, *, native: bool) -> MixerInputs:
-    """The tables are those of the softmax layers where these take them as they are."""
+def _mixer_inputs(blocks: Blocks, attention: FusedInputs | PlainInputs | None, *, native: bool) -> MixerInputs:
+    """attention: what the softmax layers read, some of which serves here too."""
+    graph, mask = blocks.graph, ""
+    if isinstance(attention, PlainInputs):
+        cos, sin = (graph.op("Transpose", table, perm=(0, 2, 1, 3)) for table in (attention.cos, attention.sin))
+        rotary: Rotary = replace(attention, cos=cos, sin=sin)
+        mask = _last_columns(graph)
+    else:
+        rotary = positions(graph), *_mixer_tables(blocks)
+        mask = _new_tokens(graph) if takes_padding(blocks) else ""
+    packed = graph.op("Concat", graph.op("Shape", "input_ids"), graph.ints(-1), axis=0)
+    widths = sorted({spec.window for spec in blocks.model.mixers if spec and spec.window})
+    return MixerInputs(rotary, mask, packed, native, {width: _window_inputs(blocks, width) for width in widths})
+
+
+def _mixer_tables(blocks: Blocks) -> tuple[str, str]:
+    """Cosines and sines: those of the softmax layers where these take them as they are."""
     graph, rotary = blocks.graph, blocks.model.rotary
     assert rotary is not None
     names = []
@@ -85,9 +102,40 @@ def _mixer_inputs(blocks: Blocks, *, native: bool) -> MixerInputs:
         if graph.has_weight(name) and padded_rotary(*rotary, blocks.model.shape.head_dim)[2] is not None:
             name = f"{name}.unpadded"
         names.append(name if graph.has_weight(name) else graph.weight(name, table))
-    mask = _new_tokens(graph) if takes_padding(blocks) else ""
-    packed = graph.op("Concat", graph.op("Shape", "input_ids"), graph.ints(-1), axis=0)
-    return MixerInputs((positions(graph), names[0], names[1]), mask, packed, native)
+    return names[0], names[1]
+
+
+def _window_inputs(blocks: Blocks, width: int) -> WindowInputs:
+    """Query i of a block stands in its slot i + `width`, and sees from slot i + 1 to there.
+
+    Padding is seen by itself alone, so that no softmax is of nothing. What comes before the first token is as
+    padding on its left: columns of zeros before the mask's.
+    """
+    graph, zero, one = blocks.graph, blocks.graph.scalar(0, np.int64), blocks.graph.scalar(1, np.int64)
+    num_new, further = size(graph, "input_ids", 1), graph.scalar(width, np.int64)
+    length = graph.op("Min", num_new, graph.scalar(BLOCK, np.int64))
+    starts_N1 = graph.op("Unsqueeze", graph.op("Range", zero, num_new, length), graph.ints(1))
+    queries_C = graph.op("Range", zero, length, one)
+    slots_K = graph.op("Range", zero, graph.op("Add", length, further), one)
+    last = graph.op("Sub", num_new, one)
+    queries_NC = graph.op("Min", graph.op("Add", starts_N1, queries_C), last)
+    slots_NK = graph.op("Min", graph.op("Add", starts_N1, slots_K), graph.op("Add", last, further))
+    queries_C1 = graph.op("Unsqueeze", queries_C, graph.ints(1))
+    own_C1 = graph.op("Add", queries_C1, further)
+    near_CK = graph.op("And", graph.op("Greater", slots_K, queries_C1), graph.op("Less", slots_K, own_C1))
+    padded = graph.op("Pad", "attention_mask", graph.ints(0, width, 0, 0))
+    token_BS = graph.op("Slice", padded, _num_past(graph), graph.ints(np.iinfo(np.int64).max), graph.ints(1))
+    token_BNK = graph.op("Gather", graph.op("Cast", token_BS, to=9), slots_NK, axis=1)
+    apart = graph.op("Concat", graph.ints(-1, 1, 1), graph.op("Shape", slots_K), axis=0)
+    token_M11K = graph.op("Reshape", token_BNK, apart)
+    seen = graph.op("Or", graph.op("And", token_M11K, near_CK), graph.op("Equal", slots_K, own_C1))
+    bias = graph.op("Where", seen, graph.scalar(0.0), graph.scalar(-1e9))
+    num_new_1, block_1 = (graph.op("Reshape", value, graph.ints(1)) for value in (num_new, length))
+    read = ""
+    if not blocks.fused:
+        left = graph.op("Slice", token_BS, graph.ints(0), num_new_1, graph.ints(1))
+        read = graph.op("Unsqueeze", graph.op("Cast", left, to=1), graph.ints(2))
+    return WindowInputs(queries_NC, slots_NK, bias, num_new_1, block_1, read)
 
 
 def _new_tokens(graph: Graph) -> str:
@@ -99,11 +147,15 @@ def _new_tokens(graph: Graph) -> str:
     return graph.op("Unsqueeze", graph.op("Cast", graph.op("Less", steps_T, limit_B1), to=1), graph.ints(2))
 
 
+def _num_past(graph: Graph) -> str:
+    """`(1,)`: P."""
+    num_past = graph.op("Sub", size(graph, "attention_mask", 1), size(graph, "input_ids", 1))
+    return graph.op("Reshape", num_past, graph.ints(1))
+
+
 def _last_columns(graph: Graph) -> str:
     """`(B, T, 1)`: what the mask says of the last T of its S columns."""
-    first = graph.op("Sub", size(graph, "attention_mask", 1), size(graph, "input_ids", 1))
-    start = graph.op("Reshape", first, graph.ints(1))
-    last = graph.op("Slice", "attention_mask", start, graph.ints(np.iinfo(np.int64).max), graph.ints(1))
+    last = graph.op("Slice", "attention_mask", _num_past(graph), graph.ints(np.iinfo(np.int64).max), graph.ints(1))
     return graph.op("Unsqueeze", graph.op("Cast", last, to=1), graph.ints(2))
 
 

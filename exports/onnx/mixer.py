@@ -6,16 +6,18 @@ its state: D, and where it is normalised one more for the denominator.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from compress.exports.onnx.blocks import Blocks
-from compress.exports.onnx.features import Rotary, features
+from compress.exports.onnx.features import Rotary, features, rotated
 from compress.exports.onnx.graph import Attribute
 from compress.exports.onnx.recurrence import causal_conv, linear_attention
-from compress.exports.onnx.weights import Model
+from compress.exports.onnx.states import keeps_tokens
+from compress.exports.onnx.window import WindowInputs, look_near
 from compress.mixers.spec import EPSILON, MixerSpec
 
 
@@ -23,41 +25,20 @@ from compress.mixers.spec import EPSILON, MixerSpec
 class MixerInputs:
     """What all mixers of a graph read beside the hidden states.
 
-    rotary, packed: as `features` takes them. mask_BT1: 1 for a token, 0 for padding; `""` where there is none. native:
-    whether ONNX Runtime has the recurrences as operators.
+    rotary, packed: as `rotated` and `features` take them. mask_BT1: 1 for a token, 0 for padding; `""` where there is
+    none. native: whether ONNX Runtime has the recurrences as operators. windows: by their width.
     """
 
     rotary: Rotary
     mask_BT1: str
     packed: str
     native: bool
-
-
-def state_shapes(model: Model, spec: MixerSpec, *, keep_both: bool) -> dict[str, tuple[int, ...]]:
-    """The states that one sequence keeps in one layer, by name: `recurrent`, and `conv` where there is a convolution.
-
-    keep_both: also where there is none, as onnxruntime-genai wants it, and of the shape that other layers have; such a
-    state is passed on as it is.
-    """
-    head_dim, num_kv = model.shape.head_dim, model.shape.num_key_value_heads
-    shapes: dict[str, tuple[int, ...]] = {"recurrent": (num_kv, spec.key_dim(head_dim), spec.value_dim(head_dim))}
-    candidates = [spec, *filter(None, model.mixers)] if keep_both else [spec]
-    if convolved := next((other for other in candidates if other.conv_kernel), None):
-        shapes["conv"] = (_num_channels(model, convolved), convolved.conv_kernel - 1)
-    elif keep_both:
-        shapes["conv"] = (1, 1)
-    return shapes
+    windows: Mapping[int, WindowInputs]
 
 
 def mixer(blocks: Blocks, x: str, layer: int, spec: MixerSpec, inputs: MixerInputs) -> tuple[str, dict[str, str]]:
     """(mixed `(B, T, H·D)`, the states after it by name)."""
     return _Mixer(blocks, layer, spec, inputs).emit(x)
-
-
-def _num_channels(model: Model, spec: MixerSpec) -> int:
-    """What the convolution of [q; k; v] has: the denominator's columns pass through it unchanged."""
-    head_dim, num_kv = model.shape.head_dim, model.shape.num_key_value_heads
-    return (model.shape.num_attention_heads + num_kv) * head_dim + num_kv * spec.value_dim(head_dim)
 
 
 @dataclass(frozen=True)
@@ -68,17 +49,21 @@ class _Mixer:
     inputs: MixerInputs
 
     def emit(self, x: str) -> tuple[str, dict[str, str]]:
-        graph, mask = self.blocks.graph, self.inputs.mask_BT1
+        graph, mask, near = self.blocks.graph, self.inputs.mask_BT1, ""
         qk, v, conv = self._project(x)
+        qk = rotated(self.blocks, qk, self.inputs.rotary)
+        if self.spec.window:
+            window = self.inputs.windows[self.spec.window]
+            near, qk, v, conv = look_near(self.blocks, qk, v, self._past("conv"), self.spec, window)
+        elif mask:
+            v = graph.op("Mul", v, mask)
         q, k = self._features(qk)
-        if mask:
-            k = graph.op("Mul", k, mask)
-        v, decay, beta, gate = self._rates(x, v)
+        v, decay, beta, gate, weight = self._rates(x, v)
         out, recurrent = linear_attention(
             graph, q, k, v, self._past("recurrent"), decay, beta,
             rule=self.spec.update_rule, heads=(self._num_heads, self._num_kv), native=self.inputs.native,
         )  # fmt: skip
-        return self._finish(out, gate), {"recurrent": recurrent, "conv": conv}
+        return self._finish(out, near, weight, gate), {"recurrent": recurrent, "conv": conv}
 
     @property
     def _num_heads(self) -> int:
@@ -149,11 +134,11 @@ class _Mixer:
         return graph.op("Reshape", scaled, graph.ints(0, 0, -1))
 
     def _pass_on(self) -> str:
-        """The unused state as it is: one copy for all the layers that only onnxruntime-genai wants it of."""
-        if not self.blocks.fused:
+        """An unused state as it is: one copy for all the layers that only onnxruntime-genai wants it of."""
+        if not self.blocks.fused or self.spec.window:
             return ""
         graph, specs = self.blocks.graph, self.blocks.model.mixers
-        layers = [layer for layer, spec in enumerate(specs) if spec and not spec.conv_kernel]
+        layers = [layer for layer, spec in enumerate(specs) if spec and not keeps_tokens(spec)]
         whole = graph.op("Concat", *(f"past.{layer}.conv" for layer in layers), axis=1)
         split: dict[str, Attribute] = {"axis": 1, "num_outputs": len(layers)}
         return graph.ops("Split", [whole], len(layers), attributes=split)[layers.index(self.layer)]
@@ -172,21 +157,23 @@ class _Mixer:
 
     def _features(self, qk: str) -> tuple[str, str]:
         """Features of q `(B, T, H·K)` and of k `(B, T, G·K)`, rotated before."""
-        kind, inputs = self.spec.feature_map, self.inputs
-        mapped = features(self.blocks, qk, kind, self._path(""), inputs.rotary, inputs.packed)
+        mapped = features(self.blocks, qk, self.spec.feature_map, self._path(""), self.inputs.packed)
         key_dim = self.spec.key_dim(self._head_dim)
         q, k = self.blocks.graph.split(mapped, self._num_heads * key_dim, self._num_kv * key_dim)
         return q, k
 
-    def _rates(self, x: str, v: str) -> tuple[str, str, str, str]:
-        """(v as the recurrence takes it, log decay and beta `(B, T, G)`, gate `(B, T, H)`); `""` for what is not."""
+    def _rates(self, x: str, v: str) -> tuple[str, str, str, str, str]:
+        """(v as the recurrence takes it, log decay and beta `(B, T, G)`, gate and the window's weight `(B, T, H)`).
+
+        `""` for what is not.
+        """
         graph, spec, mask = self.blocks.graph, self.spec, self.inputs.mask_BT1
         leaves = {"scalar": ["a_proj"], "dt": ["dt_proj"], "none": []}[spec.decay]
-        leaves += ["b_proj"] * spec.beta + ["g_proj"] * spec.gate
+        leaves += ["b_proj"] * spec.beta + ["g_proj"] * spec.gate + ["w_proj"] * bool(spec.window)
         if not leaves:
-            return v, "", "", ""
+            return v, "", "", "", ""
         parts = iter(self.blocks.linears(x, *map(self._path, leaves), name=self._path("rates")))
-        decay = beta = gate = ""
+        decay = beta = gate = weight = ""
         if spec.decay != "none":
             v, decay = self._decay(graph.op("Softplus", next(parts)), v)
         if spec.beta:
@@ -194,7 +181,9 @@ class _Mixer:
             beta = graph.op("Mul", beta, mask) if mask else beta
         if spec.gate:
             gate = graph.op("Sigmoid", next(parts))
-        return v, decay, beta, gate
+        if spec.window:
+            weight = graph.op("Exp", next(parts))
+        return v, decay, beta, gate, weight
 
     def _decay(self, rate_BTG: str, v: str) -> tuple[str, str]:
         """(v, log decay) of a positive rate: minus the rate, or Mamba-2's Δ·A with v·Δ."""
@@ -210,14 +199,22 @@ class _Mixer:
         decay_G = graph.weight(self._path("A"), np.minimum(-self.blocks.model.vector(self._path("A")), 0))
         return graph.op("Mul", v, graph.op("MatMul", rate_BTG, wide)), graph.op("Mul", rate_BTG, decay_G)
 
-    def _finish(self, out_BTX: str, gate_BTH: str) -> str:
-        """Numerator over denominator, or the norm of each head; times the gate. `(B, T, H·D)`."""
+    def _finish(self, out_BTX: str, near_BTHV: str, weight_BTH: str, gate_BTH: str) -> str:
+        """Numerator over denominator, or the norm of each head; times the gate. `(B, T, H·D)`.
+
+        With a window (w·near + numerator)/(w·1 + denominator): that 1, over the factor as the denominator is, is
+        `near`'s last column.
+        """
         graph, head_dim = self.blocks.graph, self._head_dim
         heads = graph.op("Reshape", out_BTX, graph.ints(0, 0, self._num_heads, self.spec.value_dim(head_dim)))
+        if near_BTHV:
+            weighted = graph.op("Mul", graph.op("Unsqueeze", weight_BTH, graph.ints(3)), near_BTHV)
+            heads = graph.op("Add", weighted, heads)
         gate = graph.op("Unsqueeze", gate_BTH, graph.ints(3)) if gate_BTH else ""
         if self.spec.normalised:
             numerator, denominator = graph.split(heads, head_dim, 1)
-            denominator = graph.op("Add", denominator, graph.scalar(EPSILON / self._factor))
+            if not near_BTHV:
+                denominator = graph.op("Add", denominator, graph.scalar(EPSILON / self._factor))
             if gate:
                 mixed = graph.op("Mul", numerator, graph.op("Div", gate, denominator))
             else:

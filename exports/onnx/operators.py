@@ -9,7 +9,7 @@ import onnx
 import onnx.parser
 
 from compress.errors import Problem
-from compress.exports.onnx.graph import IR_VERSION, MICROSOFT, OPSET
+from compress.exports.onnx.graph import as_model
 from compress.quant.schemes import Scheme
 
 _PROBES = {
@@ -20,6 +20,8 @@ _PROBES = {
     "CausalConvWithState": """(float[1,8,1] x, float[8,1,4] weight, float[8] bias, float[1,8,3] past)
         => (float[1,8,1] out, float[1,8,3] present)
         { out, present = com.microsoft.CausalConvWithState (x, weight, bias, past) }""",
+    "Attention": """(float[1,1,8] q, float[1,2,8] k, float[1,2,9] v, float[1,1,1,2] bias) => (float[1,1,9] out)
+        { out = Attention <q_num_heads = 1, kv_num_heads = 1> (q, k, v, bias) }""",
     "DynamicQuantizeMatMul": """(float[1,16] x, int8[16,8] codes, float[8] scales) => (float[1,8] out)
         { out = com.microsoft.DynamicQuantizeMatMul (x, codes, scales) }""",
     "GroupQueryAttention with an int8 cache": """(float[1,1,8] q, float[1,1,8] k, float[1,1,8] v, int8[1,1,0,8] past_k,
@@ -35,6 +37,7 @@ _N_BITS = """(float[1,{k}] x, uint8[8,1,{bytes}] codes, float[8,1] scales) => (f
 _GATHER = """(uint8[8,{bytes}] codes, int64[1] ids, float[8,1] scales) => (float[1,{k}] out)
     {{ out = com.microsoft.GatherBlockQuantized <bits = {bits}, block_size = {k}, gather_axis = 0, quantize_axis = 1>
              (codes, ids, scales) }}"""
+WINDOW = "Attention"
 INT8_CACHE = "GroupQueryAttention with an int8 cache"
 
 
@@ -70,8 +73,7 @@ def _runs(probe: str) -> bool:
 
     from compress.runtime.ort import ort_errors
 
-    opsets = f'"": {OPSET}, "{MICROSOFT}": 1'
-    model = onnx.parser.parse_model(f"<ir_version: {IR_VERSION}, opset_import: [{opsets}]> probe {probe}")
+    model = as_model(onnx.parser.parse_graph(f"probe {probe}"))
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     try:

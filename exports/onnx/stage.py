@@ -31,7 +31,8 @@ class ExportOnnx(Stage):
     """Build the graph from the family's anatomy, store the tensors untouched, and compare with torch.
 
     Padding: `fused: true` (`GroupQueryAttention`) takes right-padded batches only, and none where a linear layer has a
-    convolution; `fused: false` left-padded ones, as optimum's `ORTModelForCausalLM` feeds them. Encoders take both.
+    convolution or a window; `fused: false` left-padded ones, as optimum's `ORTModelForCausalLM` feeds them. Encoders
+    take both.
     """
 
     name: ClassVar[str] = "export-onnx"
@@ -69,6 +70,8 @@ class ExportOnnx(Stage):
         if self.fused and model.family.kind == "decoder" and has_softmax and model.head_dim % 8:
             what = f"GroupQueryAttention needs heads of a multiple of 8, these have {model.head_dim}"
             yield Problem("fused", what, "set fused: false")
+        if any(spec and spec.window for spec in model.mixers or ()) and (problem := _missing_window()):
+            yield problem
         if self.kv_cache == "float32":
             return
         if model.family.kind != "decoder" or not has_softmax:
@@ -185,6 +188,13 @@ def _cannot_hold(scheme: Scheme, *, fused: bool, is_table: bool = False) -> Prob
 def _no_standard_operator(scheme: Scheme) -> Problem | None:
     what = f"{scheme.name} weights have no standard operator: DequantizeLinear takes 4 bits or 8"
     return Problem("fused", what, "leave fused: true") if scheme.bits == 2 else None
+
+
+def _missing_window() -> Problem | None:
+    from compress.exports.onnx.operators import WINDOW, lacking, missing
+
+    fix = "upgrade onnxruntime, or convert without window"
+    return lacking("", f"{WINDOW} of opset 23", fix) if missing([WINDOW]) else None
 
 
 def _missing_cache() -> Problem | None:

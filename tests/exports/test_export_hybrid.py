@@ -16,6 +16,7 @@ from exporting import export, genai_tokens, quantised
 
 from compress.errors import CompressError
 from compress.exports.onnx import folder as folder_module
+from compress.exports.onnx import operators
 from compress.exports.onnx.stage import ExportOnnx
 from compress.mixers.spec import SPECS
 from compress.models.anatomy import shape_of
@@ -35,7 +36,10 @@ MIXES: dict[str, Sequence[str | None]] = {
     "all linear": ("linear", "linear"),
     "all mamba2": ("mamba2", "mamba2"),
     "mixed": ("linear", "mamba2", None),
+    "window": ("linear", "gated-linear@8", None),
+    "all window": ("linear@8", "linear@8"),
 }
+each_window = pytest.mark.parametrize("mix", ["window", "all window"])
 
 
 @pytest.fixture(scope="session")
@@ -82,6 +86,9 @@ def test_fp32_is_what_torch_computes(exported: Exported, mix: str, fused: bool) 
     assert ("LinearAttention" in kinds(folder)) == fused
     has_conv = bool({"mamba2", "gated-delta"} & set(MIXES[mix]))
     assert ("CausalConvWithState" in kinds(folder)) == (fused and has_conv)
+    has_window = "window" in mix
+    assert ("Attention" in kinds(folder)) == has_window
+    assert [opset.version for opset in model.opset_import if not opset.domain] == [23 if has_window else 21]
 
 
 @pytest.mark.parametrize(
@@ -96,7 +103,7 @@ def test_fp32_is_what_torch_computes(exported: Exported, mix: str, fused: bool) 
 )
 @pytest.mark.parametrize("fused", [True, False])
 def test_variants(tmp_path: Path, model_type: str, options: dict[str, Any], fused: bool) -> None:
-    source = make_hybrid(model_type, tmp_path / "source", ("mamba2", None, "gated-linear"), **options)
+    source = make_hybrid(model_type, tmp_path / "source", ("mamba2", None, "gated-linear@4"), **options)
     assert export(source, tmp_path / "out", fused=fused)["parity_max_error"] < 1e-4
 
 
@@ -108,6 +115,7 @@ def test_variants(tmp_path: Path, model_type: str, options: dict[str, Any], fuse
         ("gated-delta", SCHEMES["ternary"]),
         ("gated-linear", SCHEMES["w8a8-dynamic"]),
         ("linear", SCHEMES["w8a8-static"]),
+        ("window", SCHEMES["w4-block32"]),
     ],
 )
 def test_projections_are_quantised_and_states_are_not(
@@ -162,11 +170,12 @@ def test_unfused_takes_left_padded_rows_and_goes_on_after_them(exported: Exporte
         np.testing.assert_allclose(stepped[row], model.forward(STEP[:1], None, own)[0][0], atol=1e-4)
 
 
-def test_a_convolution_refuses_right_padded_rows(exported: Exported) -> None:
+@pytest.mark.parametrize("mix", ["mamba2", "window"])
+def test_a_convolution_or_window_refuses_right_padded_rows(exported: Exported, mix: str) -> None:
     mask = np.ones((1, 17), np.int64)
     mask[0, 12:] = 0
     with pytest.raises(CompressError, match="rows of different lengths"):
-        OnnxModel(exported("mamba2", True), threads=1).forward(PROMPT, mask)
+        OnnxModel(exported(mix, True), threads=1).forward(PROMPT, mask)
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -185,6 +194,38 @@ def test_steps_batches_and_a_resumed_prompt_are_the_whole(exported: Exported, mi
     states = [slot for slot in model.cache if None not in slot.sizes]
     assert states
     assert all(slot.empty(1).shape == slot.empty(1, 1000).shape for slot in states)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@each_window
+def test_a_window_reads_a_long_prompt_in_pieces_of_any_length(
+    exported: Exported, hybrid: Callable[[str], Path], mix: str, fused: bool
+) -> None:
+    ids = np.random.default_rng(0).integers(1, 512, (2, 210))
+    model, past, read = OnnxModel(exported(mix, fused), threads=1), None, []
+    for piece in np.split(ids[:1], [1, 71, 76, 140, 141], axis=1):  # from nothing; of more than a block, than a window
+        logits, past = model.forward(piece, None, past)
+        read.append(logits)
+    source: Any = load_model(hybrid(mix))
+    with torch.inference_mode():
+        whole = source(input_ids=torch.from_numpy(ids)).logits.numpy()
+    np.testing.assert_allclose(np.concatenate(read, 1), whole[:1], atol=1e-4)
+    np.testing.assert_allclose(model.forward(ids)[0], whole, atol=1e-4)
+
+
+@each_window
+def test_a_block_and_more_of_padding_on_the_left_of_a_window_is_nothing(exported: Exported, mix: str) -> None:
+    model = OnnxModel(exported(mix, False), threads=1)
+    ids, mask = np.full((2, 90), 3, np.int64), np.ones((2, 90), np.int64)
+    ids[0, 86:], ids[1], mask[0, :86] = PROMPT[0, :4], 5, 0
+    padded, past = model.forward(ids, mask)
+    alone, own = model.forward(PROMPT[:, :4])
+    np.testing.assert_allclose(padded[0, 86:], alone[0], atol=1e-4)
+    for token in PROMPT[0, 4:]:
+        mask = np.append(mask, np.ones((2, 1), np.int64), axis=1)
+        padded, past = model.forward(token.repeat(2)[:, None], mask, past)
+        alone, own = model.forward(token.reshape(1, 1), None, own)
+        np.testing.assert_allclose(padded[0], alone[0], atol=1e-4)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "decoder"])
@@ -209,7 +250,7 @@ def test_genai_runs_the_folder_unchanged(
     assert OnnxModel(folder, threads=1).decoder(64).greedy(PROMPT, 24)[0, : len(tokens)].tolist() == tokens
 
 
-@pytest.mark.parametrize("mix", ["mamba2", "gated-delta"])
+@pytest.mark.parametrize("mix", ["mamba2", "gated-delta", "window"])
 def test_a_runtime_without_the_operators_gets_a_decomposed_graph(
     hybrid: Callable[[str], Path], exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture, mix: str,
@@ -217,14 +258,17 @@ def test_a_runtime_without_the_operators_gets_a_decomposed_graph(
     monkeypatch.setattr(folder_module, "missing", lambda names: names)
     assert export(hybrid(mix), tmp_path / "out")["parity_max_error"] < 1e-4
     assert "no LinearAttention and no CausalConvWithState" in caplog.text
-    assert {"Scan", "Conv", "GroupQueryAttention"} <= kinds(tmp_path / "out")
+    assert {"Scan", "Attention" if mix == "window" else "Conv", "GroupQueryAttention"} <= kinds(tmp_path / "out")
     assert not {"LinearAttention", "CausalConvWithState"} & kinds(tmp_path / "out")
     ours, native = (OnnxModel(folder, threads=1).decoder(64) for folder in (tmp_path / "out", exported(mix, True)))
     assert (ours.greedy(PROMPT, 16) == native.greedy(PROMPT, 16)).all()
 
 
-def test_genai_is_not_promised_what_it_cannot_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    source = make_hybrid("llama", tmp_path / "source", ("mamba2", "gated-delta"))
+@pytest.mark.parametrize("mixers", [("mamba2", "gated-delta"), ("linear@8", "mamba2"), ("linear@8", "linear@4")])
+def test_genai_is_not_promised_what_it_cannot_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, mixers: Sequence[str]
+) -> None:
+    source = make_hybrid("llama", tmp_path / "source", mixers)
     assert export(source, tmp_path / "out")["parity_max_error"] < 1e-4
     assert not (tmp_path / "out" / "genai_config.json").exists()
     assert "states of 2 shapes" in caplog.text
@@ -234,3 +278,13 @@ def test_check_asks_of_heads_only_what_softmax_layers_need(hybrid: Callable[[str
     for mix, where in (("all linear", []), ("linear", ["fused"])):
         shape = shape_of(json.loads((hybrid(mix) / "config.json").read_text()))
         assert [problem.where for problem in ExportOnnx().check(replace(shape, head_dim=12))] == where
+
+
+def test_check_asks_of_the_runtime_what_a_window_needs(
+    hybrid: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    windowed, plain = (shape_of(json.loads((hybrid(mix) / "config.json").read_text())) for mix in ("window", "linear"))
+    assert not list(ExportOnnx().check(windowed))
+    monkeypatch.setattr(operators, "missing", lambda names: names)
+    assert "no Attention of opset 23" in "".join(map(str, ExportOnnx().check(windowed)))
+    assert not list(ExportOnnx().check(plain))

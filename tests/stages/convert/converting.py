@@ -43,7 +43,12 @@ def context(folder: Path, source: Path, teacher: Path | None = None, seed: int =
     models = {"input": source, "teacher": teacher or source}
     inputs = {role: Artifact(path, "torch", "source", role) for role, path in models.items()}
     return StageContext(
-        folder / "out", folder / "work", inputs, RandomTokens(), seed, Target()  # type: ignore[arg-type]
+        folder / "out",
+        folder / "work",
+        inputs,
+        RandomTokens(),
+        seed,
+        Target(),  # type: ignore[arg-type]
     )
 
 
