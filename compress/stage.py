@@ -152,8 +152,10 @@ class Stage(BaseModel, ABC):
 
     def forward_tokens(self, model: ModelShape) -> float:
         """Tokens that it runs forward through each model that it reads, roughly: for the estimate of its time."""
+        if not self.reads() and not self.measures_hardware:
+            return 1_000
         tokens = getattr(self, "tokens", None)
-        return tokens if isinstance(tokens, int) else 20_000 if self.reads() or self.measures_hardware else 1_000
+        return tokens if isinstance(tokens, int) else 20_000
 
     def produces(self) -> Sequence[str]:
         """The figures that it measures, as `require` names them (`perplexity`, `tpot_ms@128`)."""

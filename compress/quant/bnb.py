@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from compress.artifact import Metrics
 from compress.errors import CompressError, Problem
 from compress.models.anatomy import ModelShape
-from compress.quant.options import projections
+from compress.quant.choice import projections
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

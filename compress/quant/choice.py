@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Literal, Protocol
 
+from compress.models.anatomy import ModelShape
 from compress.quant.schemes import Role, Scheme
 
 
@@ -45,3 +46,17 @@ class MixedSchemes:
 def matches(path: str, pattern: str) -> bool:
     """Whether a module's path, or an end of it that begins after a dot, is what `pattern` describes."""
     return fnmatchcase(path, pattern) or fnmatchcase(path, f"*.{pattern}")
+
+
+def projections(model: ModelShape) -> Iterator[tuple[str, int, int]]:
+    """(path, outputs N, inputs K) of every projection of a whole model."""
+    attention, mlp, hidden = model.family.attention, model.family.mlp, model.hidden_size
+    query, key = model.num_attention_heads * model.head_dim, model.num_key_value_heads * model.head_dim
+    inputs = {attention.q: query, attention.k: key, attention.v: key, attention.qkv: query + 2 * key}
+    sizes = {f"{attention.path}.{leaf}": (size, hidden) for leaf, size in inputs.items() if leaf}
+    sizes |= {f"{attention.path}.{attention.out}": (hidden, query)}
+    sizes |= {path: (model.intermediate_size, hidden) for path in (mlp.gate, mlp.up) if path}
+    sizes |= {mlp.down: (hidden, model.intermediate_size)}
+    for index in range(model.num_hidden_layers):
+        for path, (n, k) in sizes.items():
+            yield f"{model.family.backbone}.{model.family.layers}.{index}.{path}", n, k

@@ -11,7 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from compress.errors import Problem
 from compress.hardware import this_machine
 from compress.models.anatomy import ModelShape
-from compress.quant.choice import MixedSchemes, matches
+from compress.quant.choice import MixedSchemes, matches, projections
 from compress.quant.schemes import BLOCK_SIZES, SCHEMES, Scheme, SchemeName, not_gathered
 from compress.registry import did_you_mean
 
@@ -197,17 +197,3 @@ class QuantizeOptions(BaseModel):
         if not scheme.blockwise:
             return scheme.reduced if self.reduce_range is True else scheme
         return scheme if self.symmetric or scheme.ternary else scheme.asymmetric
-
-
-def projections(model: ModelShape) -> Iterator[tuple[str, int, int]]:
-    """(path, outputs N, inputs K) of every projection of a whole model."""
-    attention, mlp, hidden = model.family.attention, model.family.mlp, model.hidden_size
-    query, key = model.num_attention_heads * model.head_dim, model.num_key_value_heads * model.head_dim
-    inputs = {attention.q: query, attention.k: key, attention.v: key, attention.qkv: query + 2 * key}
-    sizes = {f"{attention.path}.{leaf}": (size, hidden) for leaf, size in inputs.items() if leaf}
-    sizes |= {f"{attention.path}.{attention.out}": (hidden, query)}
-    sizes |= {path: (model.intermediate_size, hidden) for path in (mlp.gate, mlp.up) if path}
-    sizes |= {mlp.down: (hidden, model.intermediate_size)}
-    for index in range(model.num_hidden_layers):
-        for path, (n, k) in sizes.items():
-            yield f"{model.family.backbone}.{model.family.layers}.{index}.{path}", n, k

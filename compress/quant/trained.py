@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from compress.errors import StageFailed
 from compress.quant.fake import fake_quant, inside_cells, straight_through, whole_codes
 from compress.quant.modules import exchange, output_head, set_weight
 from compress.quant.qtensor import QTensor
@@ -19,6 +20,8 @@ from compress.quant.schemes import Scheme
 Learn = Literal["weights", "scales", "both"]
 ACTIVATIONS = Scheme("uint8", bits=8, symmetric=False)
 """What `QuantizeLinear` makes of a tensor of activations, taken as one row."""
+_LEAST_INPUT_SCALE = 1e-20
+"""What is divided by it stays finite."""
 
 
 @dataclass(frozen=True)
@@ -66,19 +69,25 @@ class FakeQuantised(nn.Module):
         zero = self.zero_point
         return self.scale.view(len(self.weight), -1), None if zero is None else zero.view(len(self.weight), -1)
 
+    def input_range(self) -> tuple[Tensor, Tensor] | None:
+        """Scale, which is positive wherever training moves `input_scale`, and zero point (1,) of static activations."""
+        if self.input_scale is None or self.input_zero_point is None:
+            return None
+        return self.input_scale.abs().clamp(min=_LEAST_INPUT_SCALE), self.input_zero_point
+
     @torch.no_grad()
     def qtensor(self) -> QTensor:
-        """The codes and scales that the forward pass computes with, to the bit."""
+        """The codes and scales that the forward pass computes with, to the bit. Raises ValueError for NaN scales."""
         scale_NG, zero_NG = self.blocks()
         zero = None if zero_NG is None else whole_codes(zero_NG, self.scheme).to(torch.uint8)
         codes = self.weight.detach()
         if codes.is_floating_point():
             codes = quantize(codes, self.scheme, scale_NG, zero).codes
         result = QTensor(codes, scale_NG.detach().clone(), zero, self.scheme)
-        if self.input_scale is None or self.input_zero_point is None:
+        if (given := self.input_range()) is None:
             return result
-        input_zero = whole_codes(self.input_zero_point, ACTIVATIONS).to(torch.uint8)[0]
-        return replace(result, input_scale=self.input_scale.detach()[0].clone(), input_zero_point=input_zero)
+        input_zero = whole_codes(given[1], ACTIVATIONS).to(torch.uint8)[0]
+        return replace(result, input_scale=given[0][0], input_zero_point=input_zero)
 
     def rates(self, share: float) -> dict[str, float]:
         """Learning rates by parameter: `share` of the median scale a step, and of all codes for zero points."""
@@ -103,9 +112,9 @@ class FakeQuantLinear(FakeQuantised):
         return functional.linear(self._rounded(x), weight_NK, self.bias)
 
     def _rounded(self, x: Tensor) -> Tensor:
-        if self.input_scale is not None and self.input_zero_point is not None:
-            row = x.float().reshape(1, -1)
-            return fake_quant(row, self.input_scale[None], self.input_zero_point[None], ACTIVATIONS).view(x.shape)
+        if (given := self.input_range()) is not None:
+            scale, zero = given
+            return fake_quant(x.float().reshape(1, -1), scale[None], zero[None], ACTIVATIONS).view(x.shape)
         if self.scheme.blockwise and self.accuracy_level != 4:
             return x
         with torch.no_grad():
@@ -158,15 +167,22 @@ class FakeQuantisation:
     def remove(self, *, rounded: bool = True) -> dict[str, QTensor]:
         """Give the model its own modules back and return their codes and scales by weight name.
 
-        rounded: they get the weights that the codes stand for; else the float ones, to go on from.
+        rounded: they get the weights that the codes stand for; else the float ones, to go on from. Raises StageFailed
+        where training has left a scale that is no number.
         """
-        tensors = {name: self._fakes[name.removesuffix(".weight")].qtensor() for name in self._names}
+        tensors = {name: self._qtensor(name) for name in self._names}
         for path, own in self._own.items():
             if f"{path}.weight" in tensors:
                 weight_NK = self._fakes[path].weight.detach()
                 set_weight(own, tensors[f"{path}.weight"].dequantize() if rounded else weight_NK)
             exchange(self._model, path, own)
         return tensors
+
+    def _qtensor(self, name: str) -> QTensor:
+        try:
+            return self._fakes[name.removesuffix(".weight")].qtensor()
+        except ValueError as error:
+            raise StageFailed(name, f"training diverged: {error}", "lower scale_learning_rate") from error
 
     def _put(self, path: str, fake: FakeQuantised) -> None:
         self._own[path] = self._model.get_submodule(path)

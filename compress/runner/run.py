@@ -124,7 +124,7 @@ def _told(record: RunRecord) -> object:
 
 def _needs_twin(plan: Plan, earlier: RunRecord | None) -> bool:
     """Whether a stage is still to be trained or calibrated, and this very plan has not passed its dry run before."""
-    trains = any("train" in step.stage.reads() and step.stage.returns != "measurement" for step in plan.todo)
+    trains = any(step.stage.reads() and step.stage.returns != "measurement" for step in plan.todo)
     return trains and (earlier is None or earlier.twin != plan.digest)
 
 

@@ -29,6 +29,8 @@ WINDOW = 8
 """Of the twin's sliding attention: shorter than the texts that its stages read."""
 WIDTH_STEP = 32
 """Of the twin's widths: the block of the quantised formats, so that whole blocks stay whole."""
+_log = logging.getLogger(__name__)
+_log.addFilter(lambda record: record.levelno != logging.WARNING)  # a random model's figures are nothing to warn of
 
 
 @before_any_stage()
@@ -49,8 +51,7 @@ def try_twin(prepared: Prepared) -> None:
         plan = make_plan(
             graph, source_key=twin.key, data=data, seed=pipeline.seed, target=pipeline.target, run_dir=run_dir
         )
-        reporter = Reporter(logging.getLogger(__name__))
-        setting = Setting(lambda: twin, data, pipeline.seed, pipeline.target, reporter, prefix="twin ")
+        setting = Setting(lambda: twin, data, pipeline.seed, pipeline.target, Reporter(_log), prefix="twin ")
         journal = Journal(run_dir, blank_record(pipeline, plan))
         try:
             execute(plan, setting, journal)

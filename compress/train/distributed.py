@@ -58,6 +58,7 @@ def release() -> None:
 def _exchange(work: object) -> tuple[Callable[[object, Reporter], object], object] | None:
     """The first process's `work`, in every process."""
     import torch
+    import torch.distributed.nn.functional  # imported later, its default arguments would keep the group from closing
     from accelerate import PartialState
     from torch import distributed
 
@@ -72,5 +73,4 @@ def _exchange(work: object) -> tuple[Callable[[object, Reporter], object], objec
 def _leave() -> None:
     from torch import distributed
 
-    distributed.barrier()  # none closes its end while another still waits on it
     distributed.destroy_process_group()

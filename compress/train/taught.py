@@ -45,6 +45,10 @@ class TaughtOptions(TrainingOptions):
         """The teacher by its role, where it is a stage of this pipeline and one is needed."""
         return {TEACHER: Ref(self.teacher)} if self.needs_teacher and self.teacher_model is None else {}
 
+    def reads(self) -> frozenset[Literal["train", "eval"]]:
+        """The splits of the text that are read: none to train on where the teacher writes it."""
+        return frozenset({"eval"}) if self.data == "generated" else frozenset({"train", "eval"})
+
     def problems(self, model: ModelShape) -> Iterator[Problem]:
         """What does not fit together, or does not fit `model` or its teacher; `where` is the option's name."""
         yield from super().problems(model)

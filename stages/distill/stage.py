@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from compress.artifact import Format, Metrics
 from compress.errors import Problem
@@ -33,7 +33,6 @@ class Distill(TaughtOptions, Stage):
     summary: ClassVar[str] = "train the model towards a teacher, by default the source"
     accepts: ClassVar[frozenset[Format]] = frozenset({"torch"})
     returns: ClassVar[Format] = "torch"
-    splits: ClassVar[frozenset[Literal["train", "eval"]]] = frozenset({"train", "eval"})
     seeded: ClassVar[bool] = True
 
     def inputs(self) -> Mapping[str, Ref]:

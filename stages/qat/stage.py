@@ -31,7 +31,6 @@ class Qat(TaughtOptions, QuantizeOptions, Stage):
     summary: ClassVar[str] = "train through the quantisation (straight-through, LSQ), towards a teacher"
     accepts: ClassVar[frozenset[Format]] = frozenset({"torch"})
     returns: ClassVar[Format] = "quantized"
-    splits: ClassVar[frozenset[Literal["train", "eval"]]] = frozenset({"train", "eval"})
     seeded: ClassVar[bool] = True
 
     learn: Literal["weights", "scales", "both"] = Field(

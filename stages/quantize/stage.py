@@ -28,7 +28,6 @@ class Quantize(QuantizeOptions, Stage):
     summary: ClassVar[str] = "store weights as 2-, 4- or 8-bit codes, fitted to least output error"
     accepts: ClassVar[frozenset[Format]] = frozenset({"torch"})
     returns: ClassVar[Format] = "quantized"
-    splits: ClassVar[frozenset[Literal["train", "eval"]]] = frozenset({"train"})
 
     scheme: SchemeKey | bnb.BnbScheme = Field(  # type: ignore[assignment]  # more than what can be trained
         "w4-block32",
@@ -48,6 +47,15 @@ class Quantize(QuantizeOptions, Stage):
             if option in self.model_fields_set and not self.needs_text:
                 yield Problem(option, "has no say where weights are rounded to nearest without text", "remove it")
 
+    @property
+    def needs_text(self) -> bool:
+        """Whether any option has to see activations."""
+        return self.scheme not in bnb.BITS and super().needs_text
+
+    def reads(self) -> frozenset[Literal["train", "eval"]]:
+        """The text that weights and ranges are fitted on, where any is."""
+        return frozenset({"train"}) if self.needs_text else frozenset()
+
     def weight_bytes(self, model: ModelShape, before: float) -> float:
         """What is written with these options."""
         bits = bnb.BITS.get(self.scheme)
@@ -55,7 +63,7 @@ class Quantize(QuantizeOptions, Stage):
 
     def twin(self) -> Self:
         """The same, on four short blocks where it reads any."""
-        if not self.needs_text or self.scheme in bnb.BITS:
+        if not self.needs_text:
             return self
         return self.model_copy(update={"tokens": 64, "sequence_length": 16})
 

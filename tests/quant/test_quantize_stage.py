@@ -229,6 +229,29 @@ def test_weights_that_are_no_numbers_are_refused_by_layer(pico: Pico, tmp_path: 
         quantize(tmp_path / "nan", tmp_path / "q")
 
 
+@pytest.mark.parametrize(
+    ("options", "splits"),
+    [
+        ({}, {"train"}), ({"method": "rtn"}, set()), ({"method": "rtn", "scaling": "awq"}, {"train"}),
+        ({"method": "rtn", "scheme": "w8a8-dynamic"}, {"train"}),
+        ({"method": "rtn", "scheme": "w8a8-dynamic", "exceptions": {}}, set()),
+        ({"method": "rtn", "scheme": "w8a8-static", "exceptions": {}}, {"train"}), ({"scheme": "bnb-nf4"}, set()),
+    ],
+)  # fmt: skip
+def test_its_key_has_the_text_that_it_reads_and_no_other(
+    options: dict[str, Any], splits: set[str], pico: Pico, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, blocks = set(), RandomText.blocks
+
+    def noted(data: RandomText, split: str, *rest: Any) -> np.ndarray[Any, Any]:
+        read.add(split)
+        return blocks(data, split, *rest)
+
+    monkeypatch.setattr(RandomText, "blocks", noted)
+    quantize(pico("llama"), tmp_path / "q", **options)
+    assert Quantize(**options).reads() == read == splits
+
+
 def test_quantising_twice_names_the_stage_before(pico: Pico, tmp_path: Path) -> None:
     file = tmp_path / "twice.yaml"
     head = f"name: twice\nmodel: {pico('llama')}\n"

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from compress.errors import StageFailed
 from compress.models.load import load_model
 from compress.models.parts import Parts
 from compress.quant.apply import quantize_model
@@ -80,6 +81,37 @@ def test_trained_stored_and_loaded_it_says_the_same(
     assert torch.equal(says(loaded), said)
     if QuantizeOptions(**options).base.blockwise:
         assert torch.equal(says(model), said), "the float model that is left has the weights that the codes stand for"
+
+
+@pytest.mark.parametrize("factor", [-1.0, -0.5, 0.0])
+def test_a_range_that_training_moves_past_zero_stays_one(factor: float, pico: Pico, tmp_path: Path) -> None:
+    model, _, fakes = faked(pico("bert"), scheme="w8a8-static", exceptions={}, method="rtn")
+    fake = next(module for module in model.modules() if isinstance(module, FakeQuantLinear))
+    before = says(model)
+    with torch.no_grad():
+        cast(nn.Parameter, fake.input_scale).mul_(factor)
+    model(IDS).last_hidden_state.square().mean().backward()
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    assert all(gradient.isfinite().all() for gradient in gradients)
+    said = says(model)
+    assert torch.equal(said, before) == (factor == -1.0)
+    tensors = fakes.remove()
+    save_quantized(model, tensors, QuantizeOptions(scheme="w8a8-static").base, pico("bert"), tmp_path)
+    assert torch.equal(says(load_quantized_model(tmp_path)), said)
+
+
+@pytest.mark.parametrize(
+    ("name", "what"), [("scale", "1 scales are NaN or infinite"), ("input_scale", "the input's scale is nan")]
+)
+def test_a_scale_that_is_no_number_is_named(name: str, what: str, pico: Pico) -> None:
+    model, _, fakes = faked(pico("llama"), scheme="w8a8-static", exceptions={}, method="rtn")
+    with torch.no_grad():
+        getattr(model.model.layers[1].mlp.down_proj, name)[0] = torch.nan
+    with pytest.raises(StageFailed) as failed:
+        fakes.remove()
+    assert failed.value.problem.where == "model.layers.1.mlp.down_proj.weight"
+    assert failed.value.problem.what == f"training diverged: {what}"
+    assert "scale_learning_rate" in failed.value.problem.fix
 
 
 def test_a_tied_head_trains_the_embeddings_table_once(pico: Pico) -> None:

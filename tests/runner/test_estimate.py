@@ -36,3 +36,13 @@ def test_within_a_factor_of_two(
     *_, node = resolve(load_pipeline(file), shape).nodes
     read = [4.0 * shape.num_parameters] * len(set(node.inputs.values()))
     assert measured_seconds / 2 < cost(node, shape, 0.0, read).seconds < measured_seconds * 2
+
+
+@pytest.mark.parametrize("stage", ["distill: {tokens: 4096%s}", "qat: {tokens: 4096%s}"])
+def test_text_that_the_teacher_writes_takes_its_time(stage: str, tmp_path: Path) -> None:
+    shape, seconds = shape_of(SMOLLM2), []
+    for data in ("", ", data: generated"):
+        (tmp_path / "p.yaml").write_text(f"name: p\nmodel: org/name\nstages: [{stage % data}]\n")
+        *_, node = resolve(load_pipeline(tmp_path / "p.yaml"), shape).nodes
+        seconds.append(cost(node, shape, 0.0, [4.0 * shape.num_parameters] * 2).seconds)
+    assert 1.2 * seconds[0] < seconds[1] < 2 * seconds[0]

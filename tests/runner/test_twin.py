@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,13 @@ import fakes
 import pytest
 
 from compress import registry
+from compress.artifact import Metrics
 from compress.errors import InvalidInput
 from compress.pipeline.file import load_pipeline
 from compress.runner.record import State, load_record
 from compress.runner.run import run_pipeline
 from compress.runner.twin import write_twin
-from compress.stage import Reporter
+from compress.stage import Reporter, StageContext
 
 Pico = Callable[[str], Path]
 
@@ -52,6 +54,22 @@ def test_what_fails_on_the_twin_fails_before_anything_is_computed(pico: Pico, tm
     assert load_record(tmp_path / "runs/pico").state is State.FAILED
 
 
+def test_a_twin_says_what_it_runs_and_warns_of_nothing(
+    pico: Pico, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    shrink = fakes.FakeShrink.run
+
+    def warned(stage: fakes.FakeShrink, context: StageContext) -> Metrics:
+        context.reporter.log.warning("shrinking did not help")
+        return shrink(stage, context)
+
+    monkeypatch.setattr(fakes.FakeShrink, "run", warned)
+    with caplog.at_level(logging.INFO):
+        run(tmp_path, pico("llama"))
+    assert "twin [1/" in caplog.text
+    assert [record.name for record in caplog.records if "did not help" in record.message] == ["compress"]
+
+
 def test_the_twin_is_run_once_for_a_plan_and_not_when_nothing_is_to_be_trained(
     pico: Pico, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -67,3 +85,9 @@ def test_the_twin_is_run_once_for_a_plan_and_not_when_nothing_is_to_be_trained(
     assert len(tried) == 1
     assert run(tmp_path, pico("llama"), shrink={"by": 3.0}) is State.DONE
     assert len(tried) == 2
+    monkeypatch.setattr(fakes.FakeShrink, "splits", frozenset({"eval"}))  # trains on what its teacher writes
+    assert run(tmp_path, pico("llama"), shrink={"by": 4.0}) is State.DONE
+    assert len(tried) == 3
+    monkeypatch.setattr(fakes.FakeShrink, "splits", frozenset())
+    assert run(tmp_path, pico("llama"), shrink={"by": 5.0}) is State.DONE
+    assert len(tried) == 3

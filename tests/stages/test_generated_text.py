@@ -61,6 +61,12 @@ def test_a_student_learns_from_text_that_its_teacher_wrote(models, tmp_path, mon
 
 
 @pytest.mark.parametrize("cls", [Distill, Qat])
+def test_the_key_has_the_train_text_only_where_it_is_read(cls):
+    assert cls.model_validate({}).reads() == {"train", "eval"}
+    assert cls.model_validate(GENERATED).reads() == {"eval"}
+
+
+@pytest.mark.parametrize("cls", [Distill, Qat])
 def test_the_teacher_is_read_that_only_writes(cls):
     ce = {"loss": {"kl": 0, "ce": 1}}
     assert "teacher" not in cls.model_validate(ce).inputs()
