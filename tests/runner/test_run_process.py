@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +33,12 @@ def compress(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    """As from a terminal: a shell's background job, which tests may be run in, would have it ignore SIGINT."""
     environment = {**os.environ, "COMPRESS_CACHE": str(folder / "cache")}
     return subprocess.Popen(
         [sys.executable, str(TESTS / "fakes.py"), *arguments],
         cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
 
 
