@@ -17,6 +17,9 @@ QUALITY = {
 }  # fmt: skip
 """The figures that compare a candidate with the reference: of those measured, the first is drawn."""
 
+_LINE = 0.055
+"""The height of a name in a panel, as a share of the panel's."""
+
 
 def write_record(choice: Choice, found: Mapping[str, Any], out: Path) -> str:
     """Write `formats.json`, `formats.md` and `formats.png` to `out`; what was chosen, where and why, in a sentence.
@@ -75,10 +78,14 @@ def plot(choice: Choice, file: Path) -> None:
             vmin=min(values), vmax=max(values) if max(values) > min(values) else min(values) + 1e-3,
         )  # fmt: skip
         axes.plot(choice.best.size_mb, choice.best.ms(phase), "o", markersize=15, fillstyle="none", color="#b0413e")
-        for each, size, ms in zip(choice.candidates, sizes, times, strict=True):
-            label = each.name if each.is_good else f"({each.name})"
-            axes.annotate(label, (size, ms), (0, 9), textcoords="offset points", ha="center", fontsize=8)
-        axes.set(xlabel="weights and graph (MB)", ylim=(0, 1.15 * max(times)))
+        top, height = 1.15 * max(times), 0.0
+        for ms, size, each in sorted(zip(times, sizes, choice.candidates, strict=True), key=lambda dot: dot[0]):
+            height = max(ms, height + _LINE * top)  # names stand beside the panel, one above the other
+            axes.annotate(
+                each.name if each.is_good else f"({each.name})", (size, ms), (1.02, height), va="center", fontsize=8,
+                textcoords=axes.get_yaxis_transform(), arrowprops={"arrowstyle": "-", "color": "0.8", "lw": 0.7},
+            )  # fmt: skip
+        axes.set(xlabel="weights and graph (MB)", ylim=(0, top))
         axes.set_title(f"{phase}: ms (ringed: chosen; in brackets: beyond the budget)", loc="left", fontsize=9)
         axes.margins(x=0.2)
         axes.grid(alpha=0.25)
