@@ -16,7 +16,7 @@ UpdateRule = Literal["linear", "gated", "delta", "gated_delta"]
 FULL, SLIDING, LINEAR = "full_attention", "sliding_attention", "linear_attention"
 """Transformers' names in `layer_types`: softmax over all tokens, over a window, and a mixer."""
 EPSILON = 1e-6
-"""What is added to the normaliser's denominator, in torch and in the export alike."""
+"""What is added to the normaliser's denominator where no window is, in torch and in the export alike."""
 
 
 @dataclass(frozen=True)
