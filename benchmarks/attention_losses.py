@@ -4,9 +4,10 @@
 
 An encoder is fine-tuned in float32 to tell good from bad reviews; its projections are quantised to ternary (GPTQ, the
 embedding to 8 bits) and trained through it towards the fine-tuned model, which is teacher and start of every arm: the
-same sentences in the same order, one loss more or less. Each result is kept in DIR, so that a run that was interrupted
-goes on; DIR/attention-losses.md is the report. Figures are of held-out sentences, their errors those of that sample;
-differences are paired by sentence, of the mean over seeds.
+same sentences in the same order, one loss more or less. The learning rate is that of `rates` which gives the reference
+the lowest loss on sentences put aside for it, which also say whether a training helped at all. Each result is kept in
+DIR, so that a run that was interrupted goes on; DIR/attention-losses.md is the report. Figures are of held-out
+sentences, their errors those of that sample; differences are paired by sentence, of the mean over seeds.
 """
 
 from __future__ import annotations
@@ -43,8 +44,6 @@ from compress.train.options import TrainingOptions
 from compress.train.teacher import layer_map
 from compress.train.trainer import Labelled
 
-NUM_TUNING = 64
-"""Training sentences that only say whether a training made its loss smaller at all."""
 PTQ = ("rtn", "gptq")
 LABELS = {"kl": 0.0, "ce": 1.0}
 KD = {"kl": 1.0, "hidden": 1.0}
@@ -68,7 +67,8 @@ class Settings:
     epochs: float = 2.0
     tuning_epochs: float = 2.0
     tuning_rate: float = 5e-5
-    rate: float = 2e-4
+    rates: Sequence[float] = (5e-5, 1e-4, 2e-4)
+    num_tuning: int = 400
     scale_rate: float = 1e-3
     scheme: str = "ternary"
 
@@ -98,7 +98,7 @@ class Bench:
         """Fine-tune the model, unless it is there."""
         digest = hashlib.sha256(json.dumps([asdict(settings), sentences, str(model)]).encode()).hexdigest()[:8]
         test, rest = reviews(sentences, load_tokenizer(model), settings.length)
-        train, tuning = rest[NUM_TUNING:], rest[:NUM_TUNING]
+        train, tuning = rest[settings.num_tuning :], rest[: settings.num_tuning]
         bench = cls(settings, out / digest / "float32", out / digest, train, tuning, test)
         if not bench.folder.exists():
             options = settings.training(len(train), settings.tuning_epochs, settings.tuning_rate, LABELS)
@@ -120,29 +120,42 @@ class Bench:
         """What every training starts from."""
         return self.ptq("gptq")[1]
 
-    def qat(self, method: str, seed: int, work: Path) -> PreTrainedModel:
-        """The fine-tuned model with the weights that its trained codes stand for."""
+    @cached_property
+    def tried(self) -> dict[float, float]:
+        """The loss on the tuning sentences that the reference ends with, by learning rate."""
+        return {rate: self.result(REFERENCE, 0, rate)["tuning"][1] for rate in self.settings.rates}
+
+    @property
+    def rate(self) -> float:
+        """The learning rate of every training."""
+        return min(self.tried, key=self.tried.__getitem__)
+
+    def qat(self, method: str, seed: int, rate: float, work: Path) -> tuple[PreTrainedModel, tuple[float, float]]:
+        """The fine-tuned model with the weights that its trained codes stand for; and the loss on the
+        tuning sentences before and after, where a training that made it larger is undone."""
         model, teacher = load_model(self.folder), load_model(self.folder)
         fakes = FakeQuantisation(model, self.start.tensors, self.start.latents, "both")
-        options = self.settings.training(len(self.train), self.settings.epochs, self.settings.rate, QAT[method])
+        options = self.settings.training(len(self.train), self.settings.epochs, rate, QAT[method])
         layers = [(0, 0), *layer_map(len(Parts(model).layers), len(Parts(teacher).layers))]
-        recover(
+        outcome = recover(
             model, teacher if options.loss.needs_teacher else None, self.train, self.tuning, options, layers, work,
             seed, Reporter(), fakes.rates(self.settings.scale_rate),
         )  # fmt: skip
         cast(nn.Module, model).cpu()
         fakes.remove()
-        return model
+        losses = [entry["eval_loss"] for entry in outcome.log if "eval_loss" in entry]
+        return model, (losses[0], losses[-1])
 
-    def result(self, method: str, seed: int) -> dict[str, Any]:
-        """Whether each held-out sentence is told right, and seconds; kept in a file."""
-        file = self.out / f"{method.replace(' ', '-')}-{seed}.json"
+    def result(self, method: str, seed: int, rate: float = 0.0) -> dict[str, Any]:
+        """FIGURES of each held-out sentence, losses on the tuning sentences, and seconds; kept in a file."""
+        file = self.out / f"{method.replace(' ', '-')}-{seed}-{rate:g}.json"
         if not file.exists():
-            work, started = file.with_suffix(".work"), time.monotonic()
+            work, started, tuning = self.out / f"{file.stem}.work", time.monotonic(), None
             model = self.ptq(method)[0] if method in PTQ else load_model(self.folder)
             if method in QAT:
-                model = self.qat(method, seed, work)
-            write_json(file, {"figures": self._judged(model), "seconds": time.monotonic() - started})
+                model, tuning = self.qat(method, seed, rate, work)
+            figures = self._judged(model)
+            write_json(file, {"figures": figures, "tuning": tuning, "seconds": time.monotonic() - started})
             shutil.rmtree(work, ignore_errors=True)
         return {"method": method, "seed": seed, **json.loads(file.read_text("utf-8"))}
 
@@ -168,12 +181,17 @@ def results(bench: Bench, num_seeds: int) -> Iterator[dict[str, Any]]:
         yield bench.result(method, 0)
     for seed in range(num_seeds):
         for method in QAT:
-            yield bench.result(method, seed)
+            yield bench.result(method, seed, bench.rate)
 
 
-def report(rows: Sequence[Mapping[str, Any]], settings: Settings) -> str:
-    """A table for each figure, a method a line."""
-    lines = [f"Settings: `{json.dumps(asdict(settings))}`"]
+def report(rows: Sequence[Mapping[str, Any]], settings: Settings, tried: Mapping[float, float]) -> str:
+    """A table for each figure, a method a line. tried: the reference's loss on the tuning sentences, by rate."""
+    losses = ", ".join(f"{loss:.4f} at {rate:g}" for rate, loss in tried.items())
+    lines = [f"Settings: `{json.dumps(asdict(settings))}`", "", f"{REFERENCE} on the tuning sentences: {losses}"]
+    trained = [(f"{row['method']} ({row['seed']})", *row["tuning"]) for row in rows if row["tuning"]]
+    undone = [name for name, before, after in trained if after >= before]
+    if undone:
+        lines += ["", f"Undone, as the loss on the tuning sentences had risen (seed): {', '.join(undone)}"]
     for figure in FIGURES:
         found: dict[str, list[list[float]]] = {}
         for row in rows:
@@ -203,9 +221,10 @@ def main() -> None:
     parser.add_argument("--settings", type=json.loads, default={}, help='other Settings, as JSON: {"epochs": 1}')
     args = parser.parse_args()
     settings, rows = Settings(**args.settings), []
-    for row in results(Bench.of(settings, args.model, args.sentences, args.out), args.seeds):
+    bench = Bench.of(settings, args.model, args.sentences, args.out)
+    for row in results(bench, args.seeds):
         rows.append(row)
-        (args.out / "attention-losses.md").write_text(report(rows, settings), "utf-8")
+        (args.out / "attention-losses.md").write_text(report(rows, settings, bench.tried), "utf-8")
         print(
             f"{row['method']}, seed {row['seed']}: {np.mean(row['figures'][FIGURES[0]]):.4f}, {row['seconds']:.0f} s",
             flush=True,

@@ -26,6 +26,7 @@ from compress.benchmarks.timing import ratio
 from compress.data.config import DataConfig
 from compress.data.text import TextData
 from compress.exports.onnx.stage import ExportOnnx
+from compress.mixers.spec import SPECS
 from compress.models.load import load_model, load_tokenizer, save_model
 from compress.models.parts import Parts
 from compress.stage import Reporter, StageContext, Target
@@ -131,7 +132,7 @@ def main() -> None:
     blocks_NT = data.blocks("train", tokenizer, options.sequence_length, args.tokens + 2048)
     source = load_model(args.model)
     parts = Parts(source)
-    mixers = new_mixers(source, range(len(parts.layers)), "linear", 0)
+    mixers = new_mixers(source, range(len(parts.layers)), SPECS["linear"])
     aligned = align(mixers, source, blocks_NT[held:], options, args.out / "work", 0, Reporter())
     with Reporter().progress("", 0) as silent:
         scores = proxy_scores(parts, mixers, torch.split(torch.from_numpy(blocks_NT[:held]), 8), silent)
@@ -144,7 +145,7 @@ def main() -> None:
     print("\n| layers | texts | cosine | 5th percentile | rank correlation | same nearest |\n|---|---|---|---|---|---|")
     for number in args.convert:
         chosen = least_moved(scores, number, 0, has_logits=False).converted
-        model = with_mixers(source, mixers, chosen, "linear", 0)
+        model = with_mixers(source, mixers, chosen, SPECS["linear"])
         for kind, found in texts.items():
             print(f"| {', '.join(map(str, chosen))} | {len(found)} {kind} | "
                   f"{moved(expected[kind], embed(model, tokenizer, found))} |")  # fmt: skip

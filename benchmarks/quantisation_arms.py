@@ -104,6 +104,7 @@ def _static() -> Iterator[Arm]:
     yield Arm(scheme, PLAIN, {**everywhere, "ranges": "minmax"})
     yield Arm(scheme, "percentile", {**everywhere, "ranges": "percentile"})
     yield Arm(scheme, "entropy", {**everywhere, "ranges": "entropy"})
+    yield Arm(scheme, "exceptions", {**everywhere, "ranges": "minmax", "exceptions": "auto"})
     best = {**everywhere, "ranges": "percentile", "scaling": "smoothquant", "exceptions": "auto"}
     yield Arm(scheme, "percentile-smoothquant-exceptions", best)
     yield Arm(scheme, "qat", {**best, "method": "gptq"}, "qat")

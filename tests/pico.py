@@ -86,9 +86,11 @@ def make_pico(model_type: str, folder: Path, *, num_hidden_layers: int = 4, seed
 
 
 def mixer_spec(name: str) -> MixerSpec:
-    """`gated-linear`, or `gated-linear@8` with a window of 8 tokens."""
+    """`gated-linear`; `gated-linear@8` with a window of 8 tokens; `gated-linear/softmax@8` with that feature map."""
     kind, _, window = name.partition("@")
-    return replace(SPECS[kind], window=int(window or 0))  # type: ignore[index]
+    kind, _, feature_map = kind.partition("/")
+    spec = replace(SPECS[kind], window=int(window or 0))  # type: ignore[index]
+    return replace(spec, feature_map=feature_map) if feature_map else spec  # type: ignore[arg-type]
 
 
 def make_hybrid(
@@ -97,7 +99,7 @@ def make_hybrid(
 ) -> Path:  # fmt: skip
     """Write a pico model of `model_type` whose layers have these mixers, with random weights in all of their parts.
 
-    `gated-linear@8` is the mixer gated-linear with a window of 8 tokens.
+    They are named as `mixer_spec` has it.
     """
     import tempfile
 

@@ -67,13 +67,23 @@ class MixerSpec:
         inputs = (num_heads + 2 * num_key_value_heads) * head_dim * max(0, self.conv_kernel - 1)
         return 4 * (recurrent + inputs + self.window * self.window_dim(num_key_value_heads, head_dim))
 
+    def rates(self, num_heads: int, num_key_value_heads: int) -> dict[str, int]:
+        """What is projected from the hidden states beside q, k and v: numbers a token, by the projection's name."""
+        numbers = {
+            "a_proj": num_key_value_heads * (self.decay == "scalar"),
+            "dt_proj": num_key_value_heads * (self.decay == "dt"),
+            "b_proj": num_key_value_heads * self.beta,
+            "g_proj": num_heads * self.gate,
+            "w_proj": num_heads * (self.window > 0),
+        }
+        return {leaf: number for leaf, number in numbers.items() if number}
+
     def num_parameters(self, hidden_size: int, num_heads: int, num_key_value_heads: int, head_dim: int) -> int:
         """Parameters beyond those of the attention that it replaces."""
         h, g, d = num_heads, num_key_value_heads, head_dim
         maps = (h + g) * d * d if self.feature_map == "hedgehog" else 0
         conv = (h + 2 * g) * d * self.conv_kernel
-        rows = {"none": 0, "scalar": g, "dt": g}[self.decay] + h * self.gate + g * self.beta + h * (self.window > 0)
-        rates = rows * (hidden_size + 1) + g * (self.decay == "dt")
+        rates = sum(self.rates(h, g).values()) * (hidden_size + 1) + g * (self.decay == "dt")
         return maps + conv + rates + (0 if self.normalised else d)
 
     def to_json(self) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Any, cast
 
 from torch import nn
 
+from compress.mixers.spec import MixerSpec
 from compress.models.anatomy import Family, ModelShape, shape_of
 
 
@@ -47,12 +48,16 @@ class Parts:
         return layer.get_submodule(self.family.attention.path)
 
     def projections(self, layer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-        """(path within the layer, module) of every matrix of a layer: attention first, then the MLP."""
+        """(path within the layer, module) of every matrix of a layer: attention or mixer first, then the MLP."""
         attention, mlp = self.family.attention, self.family.mlp
         for leaf in (attention.q, attention.k, attention.v, attention.qkv, attention.out):
             if leaf:
                 path = f"{attention.path}.{leaf}"
                 yield path, layer.get_submodule(path)
+        spec: MixerSpec | None = getattr(self.attention(layer), "spec", None)
+        for leaf in spec.rates(self.shape.num_attention_heads, self.shape.num_key_value_heads) if spec else ():
+            path = f"{attention.path}.{leaf}"
+            yield path, layer.get_submodule(path)
         for path in (mlp.gate, mlp.up, mlp.down):
             if path:
                 yield path, layer.get_submodule(path)

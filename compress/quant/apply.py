@@ -22,7 +22,7 @@ from compress.quant.schemes import W8_BLOCK32, Scheme
 from compress.quant.search import gptq, output_error, search_scales
 from compress.quant.targets import WeightTarget, layer_targets, table_targets
 
-OUTLIER_ERROR = 0.01
+OUTLIER_ERROR = 0.0025
 """Rounding activations per tensor may change a projection's output by this, as a share of its mean square per token."""
 
 

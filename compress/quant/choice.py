@@ -57,6 +57,8 @@ def projections(model: ModelShape) -> Iterator[tuple[str, int, int]]:
     sizes |= {f"{attention.path}.{attention.out}": (hidden, query)}
     sizes |= {path: (model.intermediate_size, hidden) for path in (mlp.gate, mlp.up) if path}
     sizes |= {mlp.down: (hidden, model.intermediate_size)}
-    for index in range(model.num_hidden_layers):
-        for path, (n, k) in sizes.items():
+    for index, spec in enumerate(model.mixers or (None,) * model.num_hidden_layers):
+        rates = spec.rates(model.num_attention_heads, model.num_key_value_heads) if spec else {}
+        own = {f"{attention.path}.{leaf}": (number, hidden) for leaf, number in rates.items()}
+        for path, (n, k) in (sizes | own).items():
             yield f"{model.family.backbone}.{model.family.layers}.{index}.{path}", n, k

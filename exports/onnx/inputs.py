@@ -118,24 +118,37 @@ def _window_inputs(blocks: Blocks, width: int) -> WindowInputs:
     queries_C = graph.op("Range", zero, length, one)
     slots_K = graph.op("Range", zero, graph.op("Add", length, further), one)
     last = graph.op("Sub", num_new, one)
-    queries_NC = graph.op("Min", graph.op("Add", starts_N1, queries_C), last)
-    slots_NK = graph.op("Min", graph.op("Add", starts_N1, slots_K), graph.op("Add", last, further))
+    queries_MC2 = _of_each_row(graph, graph.op("Min", graph.op("Add", starts_N1, queries_C), last))
+    end = graph.op("Add", last, further)
+    slots_MK2 = _of_each_row(graph, graph.op("Min", graph.op("Add", starts_N1, slots_K), end))
     queries_C1 = graph.op("Unsqueeze", queries_C, graph.ints(1))
     own_C1 = graph.op("Add", queries_C1, further)
     near_CK = graph.op("And", graph.op("Greater", slots_K, queries_C1), graph.op("Less", slots_K, own_C1))
     padded = graph.op("Pad", "attention_mask", graph.ints(0, width, 0, 0))
     token_BS = graph.op("Slice", padded, _num_past(graph), graph.ints(np.iinfo(np.int64).max), graph.ints(1))
-    token_BNK = graph.op("Gather", graph.op("Cast", token_BS, to=9), slots_NK, axis=1)
-    apart = graph.op("Concat", graph.ints(-1, 1, 1), graph.op("Shape", slots_K), axis=0)
-    token_M11K = graph.op("Reshape", token_BNK, apart)
+    token_MK = graph.op("GatherND", graph.op("Cast", token_BS, to=9), slots_MK2)
+    token_M11K = graph.op("Unsqueeze", token_MK, graph.ints(1, 2))
     seen = graph.op("Or", graph.op("And", token_M11K, near_CK), graph.op("Equal", slots_K, own_C1))
     bias = graph.op("Where", seen, graph.scalar(0.0), graph.scalar(-1e9))
-    num_new_1, block_1 = (graph.op("Reshape", value, graph.ints(1)) for value in (num_new, length))
+    num_new_1 = graph.op("Reshape", num_new, graph.ints(1))
+    sizes = graph.op("Concat", num_new_1, graph.ints(width), axis=0)
     read = ""
     if not blocks.fused:
         left = graph.op("Slice", token_BS, graph.ints(0), num_new_1, graph.ints(1))
         read = graph.op("Unsqueeze", graph.op("Cast", left, to=1), graph.ints(2))
-    return WindowInputs(queries_NC, slots_NK, bias, num_new_1, block_1, read)
+    return WindowInputs(queries_MC2, slots_MK2, bias, num_new_1, sizes, read)
+
+
+def _of_each_row(graph: Graph, index_NC: str) -> str:
+    """`(B·N, C, 2)`: [row, index] for every row of the batch, the first row's N first."""
+    size_N_C, batch = graph.op("Shape", index_NC), graph.op("Shape", "input_ids", start=0, end=1)
+    rows_B = graph.op("Range", graph.scalar(0, np.int64), size(graph, "input_ids", 0), graph.scalar(1, np.int64))
+    rows_B11 = graph.op("Unsqueeze", rows_B, graph.ints(1, 2))
+    whole = graph.op("Concat", batch, size_N_C, axis=0)
+    pairs = (graph.op("Unsqueeze", graph.op("Expand", x, whole), graph.ints(3)) for x in (rows_B11, index_NC))
+    pairs_BNC2 = graph.op("Concat", *pairs, axis=3)
+    of_a_block = graph.op("Concat", graph.ints(-1), graph.op("Shape", index_NC, start=1), graph.ints(2), axis=0)
+    return graph.op("Reshape", pairs_BNC2, of_a_block)
 
 
 def _new_tokens(graph: Graph) -> str:

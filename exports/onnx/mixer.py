@@ -6,7 +6,7 @@ its state: D, and where it is normalised one more for the denominator.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,7 +50,7 @@ class _Mixer:
 
     def emit(self, x: str) -> tuple[str, dict[str, str]]:
         graph, mask, near = self.blocks.graph, self.inputs.mask_BT1, ""
-        qk, v, conv = self._project(x)
+        qk, v, conv, projected = self._project(x)
         qk = rotated(self.blocks, qk, self.inputs.rotary)
         if self.spec.window:
             window = self.inputs.windows[self.spec.window]
@@ -58,7 +58,7 @@ class _Mixer:
         elif mask:
             v = graph.op("Mul", v, mask)
         q, k = self._features(qk)
-        v, decay, beta, gate, weight = self._rates(x, v)
+        v, decay, beta, gate, weight = self._rates(projected, v)
         out, recurrent = linear_attention(
             graph, q, k, v, self._past("recurrent"), decay, beta,
             rule=self.spec.update_rule, heads=(self._num_heads, self._num_kv), native=self.inputs.native,
@@ -93,29 +93,40 @@ class _Mixer:
     def _past(self, state: str) -> str:
         return f"past.{self.layer}.{state}"
 
-    def _project(self, x: str) -> tuple[str, str, str]:
-        """([q; k] `(B, T, N·D)`, v `(B, T, G·V)`, the convolution's state): normed and convolved."""
+    def _project(self, x: str) -> tuple[str, str, str, dict[str, str]]:
+        """([q; k] `(B, T, N·D)`, v `(B, T, G·V)`: normed and convolved; the convolution's state; the rates by name)."""
+        graph, anatomy, spec = self.blocks.graph, self.blocks.model.shape.family.attention, self.spec
+        has_norms = bool(anatomy.q_norm) and self.blocks.model.has(self._path(anatomy.q_norm))
+        rates = spec.rates(self._num_heads, self._num_kv)
+        if spec.conv_kernel and not has_norms:
+            whole, *projected = self._side_by_side(x, (sum(self._widths),), rates)
+        else:
+            qk, v, *projected = self._side_by_side(x, self._widths, rates)
+            qk = self._norm_heads(qk) if has_norms else qk
+        by_name = dict(zip(rates, projected, strict=True))
+        if not spec.conv_kernel:
+            return qk, v, self._pass_on(), by_name
+        if has_norms:
+            whole = graph.op("Concat", qk, v, axis=-1)
+        whole, state = self._convolve(whole)
+        qk, v = graph.split(whole, *self._widths)
+        return qk, v, state, by_name
+
+    def _side_by_side(self, x: str, widths: Sequence[int], rates: Mapping[str, int]) -> tuple[str, ...]:
+        """[q; k; v] of `x` in parts of `widths`, then each of `rates`: by one operator where it can hold them all."""
         blocks, graph, anatomy = self.blocks, self.blocks.graph, self.blocks.model.shape.family.attention
         paths = [self._path(leaf) for leaf in (anatomy.q, anatomy.k, anatomy.v)]
-        has_norms = bool(anatomy.q_norm) and blocks.model.has(self._path(anatomy.q_norm))
-        qk_width, v_width = self._widths
-        one = 1 / self._factor if self.spec.normalised else 0.0
-        if blocks.can_stack(*paths):
-            rows = np.concatenate([np.arange(qk_width), self._value_rows(qk_width)]) if one else None
-            whole = blocks.linear(x, *paths, name=self._path("qkv_proj"), rows=rows, constant=one)
-        else:  # some are kept in float32
-            rows = self._value_rows(0) if one else None
-            v = blocks.linear(x, paths[2], rows=rows, constant=one)
-            whole = graph.op("Concat", *(blocks.linear(x, path) for path in paths[:2]), v, axis=-1)
-        if has_norms:
-            qk, v = graph.split(whole, qk_width, v_width)
-            qk = self._norm_heads(qk)
-            if not self.spec.conv_kernel:
-                return qk, v, self._pass_on()
-            whole = graph.op("Concat", qk, v, axis=-1)
-        whole, state = self._convolve(whole) if self.spec.conv_kernel else (whole, self._pass_on())
-        qk, v = graph.split(whole, qk_width, v_width)
-        return qk, v, state
+        rate_paths = [*map(self._path, rates)]
+        qk_width, one = self._widths[0], 1 / self._factor if self.spec.normalised else 0.0
+        if blocks.can_stack(*paths, *rate_paths):
+            last = qk_width + self._num_kv * self._head_dim
+            parts = np.arange(qk_width), self._value_rows(qk_width), last + np.arange(sum(rates.values()))
+            rows = np.concatenate(parts) if one else None
+            whole = blocks.linear(x, *paths, *rate_paths, name=self._path("qkv_proj"), rows=rows, constant=one)
+            return graph.split(whole, *widths, *rates.values())
+        v = blocks.linear(x, paths[2], rows=self._value_rows(0) if one else None, constant=one)
+        whole = graph.op("Concat", *(blocks.linear(x, path) for path in paths[:2]), v, axis=-1)
+        return *graph.split(whole, *widths), *blocks.linears(x, *rate_paths, name=self._path("rates"))
 
     def _value_rows(self, first: int) -> NDArray[np.int64]:
         """Which stored row is each channel of v; −1 for the denominator's, which is a constant."""
@@ -162,27 +173,23 @@ class _Mixer:
         q, k = self.blocks.graph.split(mapped, self._num_heads * key_dim, self._num_kv * key_dim)
         return q, k
 
-    def _rates(self, x: str, v: str) -> tuple[str, str, str, str, str]:
+    def _rates(self, projected: Mapping[str, str], v: str) -> tuple[str, str, str, str, str]:
         """(v as the recurrence takes it, log decay and beta `(B, T, G)`, gate and the window's weight `(B, T, H)`).
 
         `""` for what is not.
         """
         graph, spec, mask = self.blocks.graph, self.spec, self.inputs.mask_BT1
-        leaves = {"scalar": ["a_proj"], "dt": ["dt_proj"], "none": []}[spec.decay]
-        leaves += ["b_proj"] * spec.beta + ["g_proj"] * spec.gate + ["w_proj"] * bool(spec.window)
-        if not leaves:
-            return v, "", "", "", ""
-        parts = iter(self.blocks.linears(x, *map(self._path, leaves), name=self._path("rates")))
         decay = beta = gate = weight = ""
         if spec.decay != "none":
-            v, decay = self._decay(graph.op("Softplus", next(parts)), v)
+            rate = projected["a_proj" if spec.decay == "scalar" else "dt_proj"]
+            v, decay = self._decay(graph.op("Softplus", rate), v)
         if spec.beta:
-            beta = graph.op("Sigmoid", next(parts))
+            beta = graph.op("Sigmoid", projected["b_proj"])
             beta = graph.op("Mul", beta, mask) if mask else beta
         if spec.gate:
-            gate = graph.op("Sigmoid", next(parts))
+            gate = graph.op("Sigmoid", projected["g_proj"])
         if spec.window:
-            weight = graph.op("Exp", next(parts))
+            weight = graph.op("Exp", projected["w_proj"])
         return v, decay, beta, gate, weight
 
     def _decay(self, rate_BTG: str, v: str) -> tuple[str, str]:

@@ -20,16 +20,16 @@ BLOCK = 64
 class WindowInputs:
     """What the layers of one window share.
 
-    queries_NC, slots_NK: which tokens and slots each block has; beyond the last one, that one. bias_M1CK: 0 where the
-    query sees the slot, else −1e9. num_new, block: T and C as int64 vectors. read_BT1: 0 where what leaves the window
-    as a token comes is padding; `""` where there is none.
+    queries_MC2, slots_MK2: which tokens and slots, each as [row, index], every block has; beyond the last one, that
+    one. bias_M1CK: 0 where the query sees the slot, else −1e9. num_new, sizes: [T] and [T, W] as int64. read_BT1: 0
+    where what leaves the window as a token comes is padding; `""` where there is none.
     """
 
-    queries_NC: str
-    slots_NK: str
+    queries_MC2: str
+    slots_MK2: str
     bias_M1CK: str
     num_new: str
-    block: str
+    sizes: str
     read_BT1: str
 
 
@@ -47,19 +47,12 @@ def look_near(
     q_width, k_width, v_width = num_heads * head_dim, num_kv * head_dim, num_kv * value_dim
     q, k = graph.split(qk, q_width, k_width)
     slots = graph.op("Concat", past, graph.op("Concat", k, v, axis=-1), axis=1)
-    sizes = graph.op("Concat", inputs.num_new, graph.ints(spec.window), axis=0)
-    left, present = graph.ops("Split", [slots, sizes], 2, attributes={"axis": 1})
+    left, present = graph.ops("Split", [slots, inputs.sizes], 2, attributes={"axis": 1})
     k_left, v_left = graph.split(left, k_width, v_width)
     if inputs.read_BT1:
         v_left = graph.op("Mul", v_left, inputs.read_BT1)
-
-    def in_blocks(x: str, index: str, length: str, width: int) -> str:
-        to = graph.op("Concat", graph.ints(-1), length, graph.ints(width), axis=0)
-        return graph.op("Reshape", graph.op("Gather", x, index, axis=1), to)
-
-    q_MCX = in_blocks(q, inputs.queries_NC, inputs.block, q_width)
-    span = graph.op("Add", inputs.block, graph.ints(spec.window))
-    k_MKX, v_MKX = graph.split(in_blocks(slots, inputs.slots_NK, span, k_width + v_width), k_width, v_width)
+    q_MCX = graph.op("GatherND", q, inputs.queries_MC2)
+    k_MKX, v_MKX = graph.split(graph.op("GatherND", slots, inputs.slots_MK2), k_width, v_width)
     y_MCX = graph.op("Attention", q_MCX, k_MKX, v_MKX, inputs.bias_M1CK,
                      q_num_heads=num_heads, kv_num_heads=num_kv, scale=head_dim**-0.5)  # fmt: skip
     batch = graph.op("Shape", "input_ids", start=0, end=1)

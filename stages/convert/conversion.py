@@ -109,23 +109,23 @@ def _held_out(
 
 def convert(job: Job, reporter: Reporter) -> Conversion:
     """Convert. Raises StageFailed where the layers asked for can't be, or where a training diverges."""
-    options, to, window = job.options, job.options.to, job.options.num_seen
+    options, kind = job.options, (job.options.mixer, job.options.sliding_window)
     source = load_model(job.input)
     shape = Parts(source).shape
     teacher = source if job.teacher == job.input else load_teacher(job.teacher)
-    tried = candidates(shape, to) if job.chosen is None else job.chosen
-    mixers = new_mixers(source, tried, to, window)
+    tried = candidates(shape, options.to) if job.chosen is None else job.chosen
+    mixers = new_mixers(source, tried, *kind)
     if options.init == "random":
         forget_attention(mixers, source, job.seed)
     shown = source if kinds(shape)[tried[0]] == FULL else _fitting(teacher, source)
-    with windowed(mixers, window) if to == "sliding" else contextlib.nullcontext():
+    with windowed(mixers, options.sliding_window) if options.sliding_window else contextlib.nullcontext():
         aligned = None
         if options.align is not None:
             aligned = align(mixers, shown, job.align_NT, options.align, job.work / "align", job.seed, reporter)
         choice = Choice(tried) if job.chosen else _choose(job, source, shown, teacher, mixers, reporter)
-    reporter.log.info("convert-attention: %s in layers %s", to, ", ".join(map(str, choice.converted)))
+    reporter.log.info("convert-attention: %s in layers %s", options.to, ", ".join(map(str, choice.converted)))
     cast(nn.Module, source).cpu()
-    model = with_mixers(source, mixers, choice.converted, to, window)
+    model = with_mixers(source, mixers, choice.converted, *kind)
     outcome = None
     if options.distill is not None and job.distill_ids is not None:
         work = job.work / DISTILL
@@ -148,7 +148,7 @@ def _choose(
         for index in mixers:
             if index not in known:
                 others = [other for other in mixers if other != index]
-                student = with_mixers(source, mixers, others, options.to, options.num_seen)
+                student = with_mixers(source, mixers, others, options.mixer, options.sliding_window)
                 work = job.work / f"restore-{index}"
                 outcome = _train(student, teacher, (job.align_NT, job.held_NT), training, work, job.seed, reporter)
                 known[index] = [entry["eval_loss"] for entry in outcome.log if "eval_loss" in entry][-1]

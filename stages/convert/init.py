@@ -10,31 +10,37 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from compress.mixers.spec import MixerSpec
 from compress.models.convert import to_hybrid
 from compress.models.parts import Parts
-from compress.stages.convert.layers import To, converted_shape
+from compress.stages.convert.layers import converted_shape
 
 
-def converted(model: PreTrainedModel, layers: Collection[int], to: To, window: int) -> PreTrainedModel:
-    """A copy of `model` in which `layers` (indices) mix as `to` says, from the weights that the model has there.
+def converted(
+    model: PreTrainedModel, layers: Collection[int], mixer: MixerSpec | None, sliding_window: int | None = None
+) -> PreTrainedModel:
+    """A copy of `model` in which `layers` (indices) mix as `mixer` says, from the weights that the model has there.
 
-    window: of `sliding` layers, and of mixers that have one; 0 for none.
+    mixer: None for softmax over the last `sliding_window` tokens.
     """
-    shape = converted_shape(Parts(model).shape, sorted(layers), to, window, guessed=False)
-    return to_hybrid(model, shape.mixers, shape.layer_types, window if to == "sliding" else None)
+    shape = converted_shape(Parts(model).shape, sorted(layers), mixer, guessed=False)
+    return to_hybrid(model, shape.mixers, shape.layer_types, sliding_window)
 
 
-def new_mixers(model: PreTrainedModel, layers: Collection[int], to: To, window: int) -> dict[int, nn.Module]:
-    """The mixer that each of `layers` would get, by index."""
-    parts = Parts(converted(model, layers, to, window))
+def new_mixers(
+    model: PreTrainedModel, layers: Collection[int], mixer: MixerSpec | None, sliding_window: int | None = None
+) -> dict[int, nn.Module]:
+    """The mixer that each of `layers` would get, by index; arguments as `converted`'s."""
+    parts = Parts(converted(model, layers, mixer, sliding_window))
     return {index: parts.attention(parts.layers[index]) for index in sorted(layers)}
 
 
 def with_mixers(
-    model: PreTrainedModel, mixers: Mapping[int, nn.Module], layers: Collection[int], to: To, window: int
-) -> PreTrainedModel:
-    """A copy of `model` in which `layers` have copies of their `mixers`."""
-    hybrid = converted(model, layers, to, window)
+    model: PreTrainedModel, mixers: Mapping[int, nn.Module], layers: Collection[int], mixer: MixerSpec | None,
+    sliding_window: int | None = None,
+) -> PreTrainedModel:  # fmt: skip
+    """A copy of `model` in which `layers` have copies of their `mixers`; the other arguments as `converted`'s."""
+    hybrid = converted(model, layers, mixer, sliding_window)
     parts = Parts(hybrid)
     for index in layers:
         parts.attention(parts.layers[index]).load_state_dict(mixers[index].state_dict())

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Literal
 
 from compress.errors import Problem
-from compress.mixers.spec import FULL, LINEAR, SLIDING, SPECS, WINDOWED
+from compress.mixers.spec import FULL, LINEAR, SLIDING, WINDOWED, MixerSpec
 from compress.models.anatomy import HYBRID, ModelShape
 from compress.models.layer_choice import count
 
@@ -47,14 +47,17 @@ def to_convert(model: ModelShape, to: To, keep: Asked | None, convert: Asked | N
     return free if number == len(free) else number
 
 
-def converted_shape(model: ModelShape, layers: Sequence[int], to: To, window: int, *, guessed: bool) -> ModelShape:
-    """`model` with `layers` converted. window: of mixers that have one, 0 for none. guessed: only their number is
-    known."""
+def converted_shape(model: ModelShape, layers: Sequence[int], mixer: MixerSpec | None, *, guessed: bool) -> ModelShape:
+    """`model` with `layers` converted to `mixer`, None for a sliding window. guessed: only their number is known.
+
+    A mixer that goes on from another one has its feature map.
+    """
     types = list(model.layer_types or (FULL,) * model.num_hidden_layers)
     mixers = list(model.mixers or (None,) * model.num_hidden_layers)
     for index in layers:
-        types[index] = SLIDING if to == "sliding" else LINEAR
-        mixers[index] = None if to == "sliding" else replace(SPECS[to], window=window)
+        types[index] = LINEAR if mixer else SLIDING
+        before = mixers[index]
+        mixers[index] = replace(mixer, feature_map=before.feature_map) if mixer and before else mixer
     return replace(
         model, model_type=HYBRID + model.model_type.removeprefix(HYBRID), layer_types=tuple(types),
         mixers=tuple(mixers), layers_guessed=guessed or model.layers_guessed,

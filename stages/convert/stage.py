@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from compress.artifact import Format, Metrics
 from compress.errors import Problem
-from compress.mixers.spec import WINDOWED
+from compress.mixers.spec import SPECS, WINDOWED, MixerSpec
 from compress.models.anatomy import ModelShape
 from compress.models.layer_choice import Layers, LayersOrNone
 from compress.stage import SOURCE, Ref, Stage, StageContext
@@ -81,6 +81,11 @@ class ConvertAttention(Stage):
         description=f"tokens, itself included, that a `sliding` layer sees ({SEEN} where left out), or that `linear` "
         "and `gated-linear` see with softmax, beside linear attention to those before (none where left out)",
     )
+    feature_map: Literal["hedgehog", "softmax"] | None = Field(
+        None,
+        description="hedgehog: softmax of ±Wx with a W learned for each head, D features from D channels twice over; "
+        "softmax: of x as it is, half the state and fewer operators; left out: hedgehog, or what is there already",
+    )
     init: Literal["attention", "random"] = Field(
         "attention", description="what mixers begin with; random is a control that knows nothing of the attention"
     )
@@ -98,6 +103,8 @@ class ConvertAttention(Stage):
             raise ValueError("give either keep or convert")
         if self.window is not None and self.to not in {"sliding", *WINDOWED}:
             raise ValueError(f"window is for sliding, linear and gated-linear, and {self.to} has none: remove it")
+        if self.feature_map is not None and self.to not in WINDOWED:
+            raise ValueError(f"feature_map is for linear and gated-linear, and {self.to} has none to choose: remove it")
         listed = isinstance(self.keep, tuple) or isinstance(self.convert, tuple)
         if self.select == "explicit" and not listed:
             raise ValueError("select: explicit needs a list of layers: give keep or convert as a list")
@@ -121,11 +128,14 @@ class ConvertAttention(Stage):
             yield Problem("select_tokens", what, f"at least {self.block_length}")
         lengths = {f"{name}.sequence_length": each.sequence_length for name, each in self.trainings.items()}
         yield from misfitting_window(model, self.to, self.num_seen, lengths)
+        if self.feature_map == "softmax" and model.family.kind == "encoder":
+            what = f"{model.model_type} takes hedgehog's matrices into its projections, where they cost nothing"
+            yield Problem("feature_map", what, "remove it")
 
     def shape(self, model: ModelShape) -> ModelShape:
         """The model with mixers; in which of its layers is a guess where that is measured or drawn."""
         known = None if self.select == "random" else self.preselected(model, 0)
-        return converted_shape(model, known or self._spread(model), self.to, self.num_seen, guessed=known is None)
+        return converted_shape(model, known or self._spread(model), self.mixer, guessed=known is None)
 
     def weight_bytes(self, model: ModelShape, before: float) -> float:
         """Every parameter in float32."""
@@ -180,6 +190,19 @@ class ConvertAttention(Stage):
     def align_options(self) -> AlignOptions:
         """How blocks for alignment are made, also where only judging needs them."""
         return self.align or _ALIGN
+
+    @property
+    def mixer(self) -> MixerSpec | None:
+        """What converted layers get; None for a sliding window."""
+        if self.to == "sliding":
+            return None
+        spec = replace(SPECS[self.to], window=self.window or 0)
+        return replace(spec, feature_map=self.feature_map) if self.feature_map else spec
+
+    @property
+    def sliding_window(self) -> int | None:
+        """Tokens that a `sliding` layer sees; None where there is no such layer."""
+        return self.num_seen if self.to == "sliding" else None
 
     @property
     def num_seen(self) -> int:

@@ -38,8 +38,7 @@ def test_reviews_are_padded_and_held_out_by_their_text(pico: Callable[[str], Pat
 def test_it_compares_all_losses_and_goes_on_where_it_stopped(
     pico: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    settings = {"length": 16, "batch": 4, "epochs": 0.3, "tuning_epochs": 0.3}
-    monkeypatch.setattr(attention_losses, "NUM_TUNING", 4)
+    settings = {"length": 16, "batch": 4, "epochs": 0.3, "tuning_epochs": 0.3, "num_tuning": 4, "rates": [1e-5, 1e-3]}
     monkeypatch.setattr(attention_losses, "QAT", {name: attention_losses.QAT[name] for name in QAT})
     monkeypatch.setattr(
         sys, "argv",
@@ -48,6 +47,7 @@ def test_it_compares_all_losses_and_goes_on_where_it_stopped(
     )  # fmt: skip
     attention_losses.main()
     whole = report = (tmp_path / "out" / "attention-losses.md").read_text()
+    assert "at 1e-05, " in report
     assert all(f"| {figure} |" in report for figure in attention_losses.FIGURES)
     report, _ = report.split(attention_losses.FIGURES[1])
     cells = {line.split(" | ")[0].strip("| "): line.split(" | ") for line in report.splitlines() if line[:1] == "|"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -38,6 +39,7 @@ MIXES: dict[str, Sequence[str | None]] = {
     "mixed": ("linear", "mamba2", None),
     "window": ("linear", "gated-linear@8", None),
     "all window": ("linear@8", "linear@8"),
+    "softmax map": ("linear/softmax", "gated-linear/softmax@8"),
 }
 each_window = pytest.mark.parametrize("mix", ["window", "all window"])
 
@@ -86,7 +88,7 @@ def test_fp32_is_what_torch_computes(exported: Exported, mix: str, fused: bool) 
     assert ("LinearAttention" in kinds(folder)) == fused
     has_conv = bool({"mamba2", "gated-delta"} & set(MIXES[mix]))
     assert ("CausalConvWithState" in kinds(folder)) == (fused and has_conv)
-    has_window = "window" in mix
+    has_window = any("@" in name for name in MIXES[mix] if name)
     assert ("Attention" in kinds(folder)) == has_window
     assert [opset.version for opset in model.opset_import if not opset.domain] == [23 if has_window else 21]
 
@@ -140,6 +142,15 @@ def test_projections_of_several_kinds_stand_apart(hybrid: Callable[[str], Path],
     choice = MixedSchemes(SCHEMES["w8-block32"], {"v_proj": None})
     source = quantised(hybrid(mix), tmp_path / "q", choice.scheme, choice)
     assert export(source, tmp_path / "out", "quantized")["parity_max_error"] < 1e-4
+
+
+@pytest.mark.parametrize("mix", ["gated-linear", "mamba2", "window"])
+def test_a_mixer_projects_its_rates_with_q_k_and_v(hybrid: Callable[[str], Path], tmp_path: Path, mix: str) -> None:
+    source = quantised(hybrid(mix), tmp_path / "q", SCHEMES["w4-block32"])
+    export(source, tmp_path / "out", "quantized")
+    nodes = onnx.load(tmp_path / "out" / "model.onnx", load_external_data=False).graph.node
+    weighing = [node for node in nodes if any("self_attn" in name and "_proj.weight" in name for name in node.input)]
+    assert Counter(node.op_type for node in weighing) == {"MatMulNBits": 2 * len(MIXES[mix])}
 
 
 @pytest.mark.parametrize("mix", ["linear", "gated-linear", "all linear"])

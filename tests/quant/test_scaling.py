@@ -68,7 +68,9 @@ def test_mixers_keep_their_inputs_and_values(tmp_path: Path) -> None:
     before = output(model)
     scale_all(Parts(model))
     torch.testing.assert_close(output(model), before, rtol=1e-4, atol=1e-4)
-    assert [path.rpartition(".")[2] for path in unfolded(Parts(model))] == ["q_proj", "k_proj", "v_proj", "o_proj"]
+    assert [path.rpartition(".")[2] for path in unfolded(Parts(model))] == [
+        "q_proj", "k_proj", "v_proj", "o_proj", "dt_proj", "g_proj",
+    ]  # fmt: skip
 
 
 def test_heads_that_share_values_share_factors() -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from compress.mixers.spec import SPECS
 from compress.models.load import load_model
 from compress.models.parts import Parts
 from compress.stage import Reporter
@@ -27,7 +28,7 @@ def aligned(source: Path, work: Path, **options: Any) -> tuple[nn.Module, dict[i
     """Teacher, mixers and outcome of an alignment of six steps on the same four blocks."""
     torch.set_num_threads(1)
     teacher = load_model(source)
-    mixers = new_mixers(teacher, LAYERS, "linear", 0)
+    mixers = new_mixers(teacher, LAYERS, SPECS["linear"])
     asked = {"tokens": 6 * 4 * LENGTH, "batch_size": 4, "sequence_length": LENGTH, "precision": "fp32"}
     return teacher, mixers, align(mixers, teacher, BLOCKS, AlignOptions(**{**asked, **options}), work, 0, Reporter())
 
@@ -48,7 +49,7 @@ def errors(teacher: nn.Module, mixers: dict[int, nn.Module]) -> dict[int, float]
 
 def test_every_layer_learns_what_its_attention_says(pico: Callable[[str], Path], tmp_path: Path) -> None:
     teacher, mixers, outcome = aligned(pico("llama"), tmp_path)
-    before = errors(load_model(pico("llama")), new_mixers(load_model(pico("llama")), LAYERS, "linear", 0))
+    before = errors(load_model(pico("llama")), new_mixers(load_model(pico("llama")), LAYERS, SPECS["linear"]))
     after = errors(teacher, mixers)
     for index in LAYERS:
         assert outcome.log[0][f"loss_{index}"] == pytest.approx(before[index], rel=1e-4)
@@ -62,7 +63,7 @@ def test_every_layer_learns_what_its_attention_says(pico: Callable[[str], Path],
 
 def test_layers_do_not_depend_on_each_other(pico: Callable[[str], Path], tmp_path: Path) -> None:
     teacher = load_model(pico("llama"))
-    alone = new_mixers(teacher, [2], "linear", 0)
+    alone = new_mixers(teacher, [2], SPECS["linear"])
     options = {"tokens": 6 * 4 * LENGTH, "batch_size": 4, "sequence_length": LENGTH, "precision": "fp32"}
     align(alone, teacher, BLOCKS, AlignOptions(**options), tmp_path / "alone", 0, Reporter())
     _, together, _ = aligned(pico("llama"), tmp_path / "together")
@@ -71,7 +72,7 @@ def test_layers_do_not_depend_on_each_other(pico: Callable[[str], Path], tmp_pat
 
 
 def test_projections_have_a_tenth_of_the_learning_rate(pico: Callable[[str], Path], tmp_path: Path) -> None:
-    start = new_mixers(load_model(pico("llama")), LAYERS, "linear", 0)
+    start = new_mixers(load_model(pico("llama")), LAYERS, SPECS["linear"])
     _, mixers, _ = aligned(pico("llama"), tmp_path, tokens=1, warmup_ratio=0, lr_scheduler_type="constant_with_warmup")
     for index in LAYERS:
         now = mixers[index].state_dict()
@@ -82,7 +83,7 @@ def test_projections_have_a_tenth_of_the_learning_rate(pico: Callable[[str], Pat
 
 def test_in_bfloat16_it_learns_too(pico: Callable[[str], Path], tmp_path: Path) -> None:
     teacher, mixers, outcome = aligned(pico("llama"), tmp_path, precision="bf16")
-    before = errors(load_model(pico("llama")), new_mixers(load_model(pico("llama")), LAYERS, "linear", 0))
+    before = errors(load_model(pico("llama")), new_mixers(load_model(pico("llama")), LAYERS, SPECS["linear"]))
     after = errors(teacher, mixers)
     assert all(after[index] < 0.95 * before[index] for index in LAYERS)
     assert all(parameter.dtype == torch.float32 for mixer in mixers.values() for parameter in mixer.parameters())

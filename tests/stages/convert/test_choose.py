@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from converting import BASE, context, convert
 
+from compress.mixers.spec import SPECS
 from compress.models.load import load_model
 from compress.models.parts import Parts
 from compress.stage import Reporter
@@ -38,12 +39,12 @@ def scores_of(out: Path) -> dict[str, Any]:
 
 def test_the_proxy_is_the_kl_of_the_model_with_that_layer_alone_converted(pico: Pico) -> None:
     teacher = load_model(pico("llama"))
-    mixers = new_mixers(teacher, [0, 1, 3], "mamba2", 0)
+    mixers = new_mixers(teacher, [0, 1, 3], SPECS["mamba2"])
     steps: list[int] = []
     found = proxy_scores(Parts(teacher), mixers, BATCHES, lambda steps_=1, note="": steps.append(steps_))
     assert len(steps) == 2 * 3
     for index, score in found.items():
-        student, kl = with_mixers(teacher, mixers, [index], "mamba2", 0), []
+        student, kl = with_mixers(teacher, mixers, [index], SPECS["mamba2"]), []
         for ids_BT in BATCHES:
             with torch.no_grad():
                 outputs = [model(ids_BT).logits.flatten(0, 1) for model in (student, teacher)]

@@ -178,7 +178,7 @@ def test_the_input_is_left_as_it_was(pico: Pico, tmp_path: Path) -> None:
     before = logits(source)
     from compress.stages.convert.init import new_mixers, windowed, with_mixers
 
-    mixers = new_mixers(source, [0, 2], "sliding", 4)
+    mixers = new_mixers(source, [0, 2], None, 4)
     with windowed(mixers, 4):
-        with_mixers(source, mixers, [0], "sliding", 4)
+        with_mixers(source, mixers, [0], None, 4)
     torch.testing.assert_close(logits(source), before, rtol=0, atol=0)

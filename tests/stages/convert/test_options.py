@@ -167,6 +167,13 @@ def test_the_second_step_takes_no_window() -> None:
     assert "mamba2 has no window, and the model's linear layers have one" in message
 
 
+def test_the_second_step_keeps_the_feature_map() -> None:
+    once = converted({"to": "linear", "keep": [0], "feature_map": "softmax"})
+    assert {spec.feature_map for spec in once.mixers if spec} == {"softmax"}
+    twice = ConvertAttention.model_validate({"to": "mamba2"}).shape(once)
+    assert {(spec.type, spec.feature_map) for spec in twice.mixers if spec} == {("mamba2", "softmax")}
+
+
 @pytest.mark.parametrize("config", [{"sliding_window": None}, {"sliding_window": 64, "use_sliding_window": False}])
 def test_a_window_that_is_not_in_use_is_no_feature(config: Any) -> None:
     assert problems(shape_of({**CONFIG, "model_type": "qwen2", **config})) == []
@@ -186,6 +193,7 @@ def test_encoders_take_linear_alone() -> None:
 
     bert = sample_shape("bert")
     assert problems(bert) == []
+    assert [where for where, _ in problems(bert, feature_map="softmax")] == ["feature_map"]
     for to in ("mamba2", "gated-linear", "gated-delta", "sliding"):
         assert (problems(bert, to=to)[0][0], "encoders take to: linear" in problems(bert, to=to)[0][1]) == ("to", True)
 
@@ -201,6 +209,7 @@ def test_encoders_take_linear_alone() -> None:
         ({"to": "linear", "convert": []}, "number of layers from 1"),
         ({"to": "mamba2", "window": 8}, "window is for sliding, linear and gated-linear, and mamba2 has none"),
         ({"to": "linear", "window": 0}, "greater than or equal to 1"),
+        ({"to": "mamba2", "feature_map": "softmax"}, "feature_map is for linear and gated-linear, and mamba2 has none"),
         ({"to": "linear", "select": "explicit"}, "needs a list"),
         ({"to": "linear", "select": "explicit", "keep": 3}, "needs a list"),
         ({"to": "linear", "select": "kl", "convert": [3]}, "select has no say"),
