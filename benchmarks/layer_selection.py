@@ -81,6 +81,7 @@ class Settings:
         distill = self.training(self.distill_steps, self.distill_rate, mixer_learning_rate=self.distill_rate)
         return ConvertAttention.model_validate({
             "to": "linear",
+            "window": 0,
             "align": self.training(self.align_steps, self.align_rate),
             "distill": distill,
             "kl_tokens": self.kl_steps * self.batch * self.length,

@@ -145,7 +145,7 @@ class Bench:
         settings, num_aligned = self.settings, round(method.align_share * tokens)
         align = settings.training(num_aligned, settings.align_rate) | {"batch_size": settings.align_batch}
         first = ConvertAttention.model_validate(
-            {"to": "linear", "align": align if num_aligned else None, "distill": None, "init": method.init}
+            {"to": "linear", "window": 0, "align": align if num_aligned else None, "distill": None, "init": method.init}
         )
         linear = work / "linear"
         if not linear.exists():

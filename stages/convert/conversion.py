@@ -109,9 +109,9 @@ def _held_out(
 
 def convert(job: Job, reporter: Reporter) -> Conversion:
     """Convert. Raises StageFailed where the layers asked for can't be, or where a training diverges."""
-    options, kind = job.options, (job.options.mixer, job.options.sliding_window)
-    source = load_model(job.input)
+    options, source = job.options, load_model(job.input)
     shape = Parts(source).shape
+    kind = options.mixer(shape), options.sliding_window
     teacher = source if job.teacher == job.input else load_teacher(job.teacher)
     tried = candidates(shape, options.to) if job.chosen is None else job.chosen
     mixers = new_mixers(source, tried, *kind)
@@ -140,7 +140,8 @@ def _choose(
     """The layers with the best scores; those of a killed run are not measured again."""
     options, file = job.options, job.work / _SCORES
     known = {int(index): score for index, score in json.loads(file.read_text("utf-8")).items()} if file.exists() else {}
-    number = to_convert(Parts(source).shape, options.to, options.keep, options.convert)
+    shape = Parts(source).shape
+    number = to_convert(shape, options.to, options.keep, options.convert)
     assert isinstance(number, int)
     if options.select == "kl":
         training = _short_training(options)
@@ -148,7 +149,7 @@ def _choose(
         for index in mixers:
             if index not in known:
                 others = [other for other in mixers if other != index]
-                student = with_mixers(source, mixers, others, options.mixer, options.sliding_window)
+                student = with_mixers(source, mixers, others, options.mixer(shape), options.sliding_window)
                 work = job.work / f"restore-{index}"
                 outcome = _train(student, teacher, (job.align_NT, job.held_NT), training, work, job.seed, reporter)
                 known[index] = [entry["eval_loss"] for entry in outcome.log if "eval_loss" in entry][-1]

@@ -75,7 +75,7 @@ def impossible(model: ModelShape, to: To) -> Iterator[Problem]:
         yield Problem("to", what, "encoders take to: linear")
     if to in _FOLLOWS and any(spec and spec.window for spec in model.mixers):
         yield Problem(
-            "to", f"{to} has no window, and the model's linear layers have one", "convert them without a window"
+            "to", f"{to} has no window, and the model's linear layers have one", "convert them with window: 0"
         )
     for feature in model.attention_features:
         yield Problem("to", f"the model's attention has {feature}, which can't be carried over", "take another model")

@@ -29,7 +29,8 @@ from compress.train.options import AlignOptions, StepOptions, TrainingOptions
 
 TEACHER = "teacher"
 FIGURES = ("num_softmax_layers", "state_mb", "kv_cache_mb@4096")
-SEEN = 128
+SEEN, NEAR = 128, 64
+"""Tokens of a window where none is given: of `sliding`, and beside linear attention."""
 
 
 class HybridTraining(TrainingOptions):
@@ -77,9 +78,10 @@ class ConvertAttention(Stage):
     )
     window: int | None = Field(
         None,
-        ge=1,
+        ge=0,
         description=f"tokens, itself included, that a `sliding` layer sees ({SEEN} where left out), or that `linear` "
-        "and `gated-linear` see with softmax, beside linear attention to those before (none where left out)",
+        f"and `gated-linear` in a decoder see with softmax, beside linear attention to those before ({NEAR} where left "
+        "out, or half a text where that is less; 0: none)",
     )
     feature_map: Literal["hedgehog", "softmax"] | None = Field(
         None,
@@ -103,6 +105,8 @@ class ConvertAttention(Stage):
             raise ValueError("give either keep or convert")
         if self.window is not None and self.to not in {"sliding", *WINDOWED}:
             raise ValueError(f"window is for sliding, linear and gated-linear, and {self.to} has none: remove it")
+        if self.to == "sliding" and self.window == 0:
+            raise ValueError("a window of 0 tokens shows a sliding layer nothing: give at least 1")
         if self.feature_map is not None and self.to not in WINDOWED:
             raise ValueError(f"feature_map is for linear and gated-linear, and {self.to} has none to choose: remove it")
         listed = isinstance(self.keep, tuple) or isinstance(self.convert, tuple)
@@ -127,7 +131,7 @@ class ConvertAttention(Stage):
             what = f"{self.select_tokens} tokens do not fill one block of {self.block_length}"
             yield Problem("select_tokens", what, f"at least {self.block_length}")
         lengths = {f"{name}.sequence_length": each.sequence_length for name, each in self.trainings.items()}
-        yield from misfitting_window(model, self.to, self.num_seen, lengths)
+        yield from misfitting_window(model, self.to, self.window_in(model), lengths)
         if self.feature_map == "softmax" and model.family.kind == "encoder":
             what = f"{model.model_type} takes hedgehog's matrices into its projections, where they cost nothing"
             yield Problem("feature_map", what, "remove it")
@@ -135,7 +139,7 @@ class ConvertAttention(Stage):
     def shape(self, model: ModelShape) -> ModelShape:
         """The model with mixers; in which of its layers is a guess where that is measured or drawn."""
         known = None if self.select == "random" else self.preselected(model, 0)
-        return converted_shape(model, known or self._spread(model), self.mixer, guessed=known is None)
+        return converted_shape(model, known or self._spread(model), self.mixer(model), guessed=known is None)
 
     def weight_bytes(self, model: ModelShape, before: float) -> float:
         """Every parameter in float32."""
@@ -156,7 +160,7 @@ class ConvertAttention(Stage):
         every = self.convert is None and self.keep in (None, 0)
         align = self.align and self.align.twin()
         changes = {
-            "keep": None, "convert": None if every else 1, "window": 8 if self.num_seen else None,
+            "keep": None, "convert": None if every else 1, "window": 8 if self.sliding_window else self.window and 8,
             "select": "uniform" if self.select == "explicit" else self.select, "kl_tokens": 1,
             "select_tokens": (align or _ALIGN).sequence_length, "align": align,
             "distill": self.distill and self.distill.model_copy(update=self.distill.twin_options()),
@@ -191,23 +195,26 @@ class ConvertAttention(Stage):
         """How blocks for alignment are made, also where only judging needs them."""
         return self.align or _ALIGN
 
-    @property
-    def mixer(self) -> MixerSpec | None:
-        """What converted layers get; None for a sliding window."""
+    def mixer(self, model: ModelShape) -> MixerSpec | None:
+        """What layers of `model` get; None for a sliding window."""
         if self.to == "sliding":
             return None
-        spec = replace(SPECS[self.to], window=self.window or 0)
+        spec = replace(SPECS[self.to], window=self.window_in(model))
         return replace(spec, feature_map=self.feature_map) if self.feature_map else spec
 
     @property
     def sliding_window(self) -> int | None:
         """Tokens that a `sliding` layer sees; None where there is no such layer."""
-        return self.num_seen if self.to == "sliding" else None
+        return (self.window or SEEN) if self.to == "sliding" else None
 
-    @property
-    def num_seen(self) -> int:
-        """Tokens of the window; 0 where there is none."""
-        return self.window or (SEEN if self.to == "sliding" else 0)
+    def window_in(self, model: ModelShape) -> int:
+        """Tokens of the window that layers of `model` get; 0 where they get none."""
+        if self.sliding_window or self.window is not None:
+            return self.sliding_window or self.window or 0
+        if self.to not in WINDOWED or model.family.kind == "encoder":
+            return 0
+        lengths = (model.max_position_embeddings, *(each.sequence_length for each in self.trainings.values()))
+        return min(NEAR, min(lengths) // 2)
 
     def preselected(self, model: ModelShape, seed: int) -> list[int] | None:
         """The layers to convert, where nothing has to be measured for it."""

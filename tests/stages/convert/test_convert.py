@@ -44,7 +44,7 @@ def config_of(out: Path) -> dict[str, Any]:
 @pytest.mark.parametrize("model_type", ["llama", "qwen3"])
 @pytest.mark.parametrize(
     ("to", "window"),
-    [("linear", None), ("linear", 4), ("gated-linear", None), ("gated-linear", 4), ("mamba2", None),
+    [("linear", 0), ("linear", 4), ("gated-linear", 0), ("gated-linear", 4), ("mamba2", None),
      ("gated-delta", None), ("sliding", 4)],
 )  # fmt: skip
 def test_what_is_written_reloads_as_what_was_made(
@@ -79,14 +79,14 @@ def test_memory_is_stated(pico: Pico, tmp_path: Path) -> None:
 
 def test_a_window_takes_memory_and_loses_less(pico: Pico, tmp_path: Path) -> None:
     options = {"to": "gated-linear", "convert": [1, 3]}
-    plain = convert(tmp_path / "plain", pico("llama"), **options)["result"]
+    plain = convert(tmp_path / "plain", pico("llama"), window=0, **options)["result"]
     windowed = convert(tmp_path / "window", pico("llama"), window=8, **options)["result"]
     assert windowed["state_mb"] - plain["state_mb"] == pytest.approx(2 * 4 * 8 * 2 * (16 + 17) / 1e6)
     assert windowed["aligned_loss"] < 0.7 * plain["aligned_loss"]
 
 
 def test_the_second_step_starts_where_the_first_one_ended(tmp_path: Path, pico: Pico) -> None:
-    convert(tmp_path / "one", pico("llama"), keep=1, distill=DISTILL)
+    convert(tmp_path / "one", pico("llama"), keep=1, window=0, distill=DISTILL)
     first = tmp_path / "one" / "out"
     convert(tmp_path / "two", first, pico("llama"), to="mamba2", align=None)
     second = tmp_path / "two" / "out"
@@ -154,7 +154,7 @@ def test_what_is_aligned_on_is_not_judged_on(pico: Pico, tmp_path: Path) -> None
 
 
 def test_a_teacher_of_other_layers_can_not_align_what_has_no_softmax(pico: Pico, tmp_path: Path) -> None:
-    convert(tmp_path / "one", pico("llama"), keep=1, align=None, select="uniform")
+    convert(tmp_path / "one", pico("llama"), keep=1, window=0, align=None, select="uniform")
     other = make_pico("llama", tmp_path / "other", num_hidden_layers=3)
     with pytest.raises(StageFailed, match=r"teacher: its layers are not those of the model.*align: null"):
         convert(tmp_path / "two", tmp_path / "one" / "out", other, to="mamba2")

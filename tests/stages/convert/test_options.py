@@ -59,12 +59,13 @@ def test_shape_follows_the_options(options: dict[str, Any], num_softmax: int) ->
 
 
 def test_one_conversion_goes_on_from_another() -> None:
-    again = converted({"keep": 6}, {"keep": 2}, {"to": "mamba2"}, {"to": "sliding", "convert": 1})
+    stages = {"keep": 6, "window": 0}, {"keep": 2, "window": 0}, {"to": "mamba2"}, {"to": "sliding", "convert": 1}
+    again = converted(*stages)
     assert sorted(kinds(again)) == ["full_attention"] + ["mamba2"] * 8 + ["sliding_attention"]
-    assert kinds(converted({"keep": [0]}, {"to": "mamba2", "convert": [3]}))[:4] == [
+    assert kinds(converted({"keep": [0], "window": 0}, {"to": "mamba2", "convert": [3]}))[:4] == [
         "full_attention", "linear", "linear", "mamba2",
     ]  # fmt: skip
-    assert kinds(converted({"keep": [0]}, {"to": "mamba2", "keep": 1})).count("mamba2") == 9
+    assert kinds(converted({"keep": [0], "window": 0}, {"to": "mamba2", "keep": 1})).count("mamba2") == 9
 
 
 @pytest.mark.parametrize(
@@ -132,7 +133,7 @@ def test_what_is_not_known_yet_is_not_refused() -> None:
 
 
 def test_softmax_layers_are_not_what_mamba2_goes_on_from() -> None:
-    ((where, message),) = problems(converted({"keep": 5}), to="mamba2", keep=4)
+    ((where, message),) = problems(converted({"keep": 5, "window": 0}), to="mamba2", keep=4)
     assert where == "keep"
     assert "leave keep out" in message or "can be" in message
 
@@ -161,6 +162,19 @@ def test_a_window_leaves_linear_attention_something_to_read() -> None:
     assert problems(shape_of(CONFIG), to="gated-linear", window=255) == []
 
 
+def test_linear_attention_in_decoders_stands_behind_a_window() -> None:
+    from compress.pipeline.matrix import sample_shape
+
+    def window(model: ModelShape, **options: Any) -> set[int]:
+        shape = ConvertAttention.model_validate({"to": "linear", **options}).shape(model)
+        return {spec.window for spec in shape.mixers if spec}
+
+    model = shape_of(CONFIG)
+    assert window(model) == window(model, to="gated-linear") == {64}
+    assert window(model, align={"sequence_length": 32}) == {16}
+    assert window(model, window=0) == window(model, to="mamba2") == window(sample_shape("bert")) == {0}
+
+
 def test_the_second_step_takes_no_window() -> None:
     ((where, message),) = problems(converted({"to": "linear", "keep": [0], "window": 8}), to="mamba2")
     assert where == "to"
@@ -168,7 +182,7 @@ def test_the_second_step_takes_no_window() -> None:
 
 
 def test_the_second_step_keeps_the_feature_map() -> None:
-    once = converted({"to": "linear", "keep": [0], "feature_map": "softmax"})
+    once = converted({"to": "linear", "keep": [0], "window": 0, "feature_map": "softmax"})
     assert {spec.feature_map for spec in once.mixers if spec} == {"softmax"}
     twice = ConvertAttention.model_validate({"to": "mamba2"}).shape(once)
     assert {(spec.type, spec.feature_map) for spec in twice.mixers if spec} == {("mamba2", "softmax")}
@@ -208,7 +222,8 @@ def test_encoders_take_linear_alone() -> None:
         ({"to": "linear", "convert": 0}, "number of layers from 1"),
         ({"to": "linear", "convert": []}, "number of layers from 1"),
         ({"to": "mamba2", "window": 8}, "window is for sliding, linear and gated-linear, and mamba2 has none"),
-        ({"to": "linear", "window": 0}, "greater than or equal to 1"),
+        ({"to": "linear", "window": -1}, "greater than or equal to 0"),
+        ({"to": "sliding", "window": 0}, "a window of 0 tokens shows a sliding layer nothing"),
         ({"to": "mamba2", "feature_map": "softmax"}, "feature_map is for linear and gated-linear, and mamba2 has none"),
         ({"to": "linear", "select": "explicit"}, "needs a list"),
         ({"to": "linear", "select": "explicit", "keep": 3}, "needs a list"),
@@ -236,7 +251,8 @@ def test_its_cost_grows_with_what_it_does() -> None:
 
 def test_twins_run(pico: Callable[[str], Path], tmp_path: Path) -> None:
     options: list[dict[str, Any]] = [
-        {"keep": 6}, {"to": "sliding", "keep": 20, "window": 128}, {"to": "mamba2", "distill": None}, {"align": None},
+        {"keep": 6, "window": 0}, {"to": "sliding", "keep": 20, "window": 128}, {"to": "mamba2", "distill": None},
+        {"align": None},
     ]  # fmt: skip
     model = pico("llama")
     for number, each in enumerate(options):
