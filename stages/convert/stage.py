@@ -116,6 +116,12 @@ class ConvertAttention(Stage):
             raise ValueError("select has no say where the layers are listed: remove it, or give a number")
         return self
 
+    def reads(self) -> frozenset[Literal["train", "eval"]]:
+        """No training text where the teacher writes all of it; the eval split where the whole model is trained."""
+        sources = (self.align_options, *self.trainings.values())
+        written = all(each.data == "generated" for each in sources)
+        return self.splits - ({"train"} if written else set()) - (set() if self.distill else {"eval"})
+
     def inputs(self) -> Mapping[str, Ref]:
         """The teacher."""
         return {TEACHER: Ref(self.teacher)}

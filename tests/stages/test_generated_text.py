@@ -66,6 +66,15 @@ def test_the_key_has_the_train_text_only_where_it_is_read(cls):
     assert cls.model_validate(GENERATED).reads() == {"eval"}
 
 
+@pytest.mark.parametrize(
+    ("align", "distill", "read"),
+    [({}, {}, {"train", "eval"}), ({}, None, {"train"}), (GENERATED, {}, {"train", "eval"}),
+     (GENERATED, GENERATED, {"eval"}), (GENERATED, None, set()), (None, GENERATED, {"train", "eval"})],
+)  # fmt: skip
+def test_a_conversion_reads_what_any_of_its_trainings_does(align, distill, read):
+    assert ConvertAttention.model_validate({"to": "linear", "align": align, "distill": distill}).reads() == read
+
+
 @pytest.mark.parametrize("cls", [Distill, Qat])
 def test_the_teacher_is_read_that_only_writes(cls):
     ce = {"loss": {"kl": 0, "ce": 1}}
