@@ -104,10 +104,11 @@ def _static() -> Iterator[Arm]:
     yield Arm(scheme, PLAIN, {**everywhere, "ranges": "minmax"})
     yield Arm(scheme, "percentile", {**everywhere, "ranges": "percentile"})
     yield Arm(scheme, "entropy", {**everywhere, "ranges": "entropy"})
-    yield Arm(scheme, "exceptions", {**everywhere, "ranges": "minmax", "exceptions": "auto"})
-    best = {**everywhere, "ranges": "percentile", "scaling": "smoothquant", "exceptions": "auto"}
-    yield Arm(scheme, "percentile-smoothquant-exceptions", best)
-    yield Arm(scheme, "qat", {**best, "method": "gptq"}, "qat")
+    spared = {**everywhere, "ranges": "minmax", "exceptions": "auto"}
+    yield Arm(scheme, "exceptions", spared)
+    smooth = {**spared, "ranges": "percentile", "scaling": "smoothquant"}
+    yield Arm(scheme, "percentile-smoothquant-exceptions", smooth)
+    yield Arm(scheme, "qat", {**spared, "method": "gptq"}, "qat")
 
 
 def _arms() -> Iterator[Arm]:
