@@ -115,10 +115,20 @@ def race(
 
 def smallest_vocabulary(folders: Iterable[Path]) -> int:
     """A number of token ids that all of these models have."""
-    sizes = []
-    for folder in folders:
-        for name in ("config.json", "genai_config.json"):
-            if (folder / name).is_file():
-                config = json.loads((folder / name).read_text("utf-8"))
-                sizes.append(config.get("model", config)["vocab_size"])
+    sizes = [keys["vocab_size"] for folder in folders for keys in _configs(folder)]
     return min(sizes, default=256)
+
+
+def num_positions(folder: Path) -> int | None:
+    """Tokens that the model in `folder` reads at most, where it says so."""
+    named = ("max_position_embeddings", "context_length", "n_positions")
+    known = [keys[name] for keys in _configs(folder) for name in named if keys.get(name)]
+    return min(known, default=None)
+
+
+def _configs(folder: Path) -> Iterator[dict[str, Any]]:
+    """What transformers' and onnxruntime-genai's configs say of the model."""
+    for name in ("config.json", "genai_config.json"):
+        if (folder / name).is_file():
+            config = json.loads((folder / name).read_text("utf-8"))
+            yield config.get("model", config)

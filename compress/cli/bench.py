@@ -41,8 +41,12 @@ def bench(
 
     from compress.benchmarks import report
     from compress.benchmarks.contest import Budget, Workload
-    from compress.benchmarks.latency import race
+    from compress.benchmarks.latency import num_positions, race
 
+    for folder in folders:
+        if (limit := num_positions(folder)) is not None and max(lengths) > limit:
+            what = f"{max(lengths)} tokens, but the model in {folder} reads at most {limit}"
+            raise InvalidInput("--prompts", what, f"at most {limit}")
     with reporting() as reporter:
         found = race(
             _named(folders), [Workload(tokens, rows, new_tokens) for rows in batch_sizes for tokens in lengths],

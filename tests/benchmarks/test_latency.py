@@ -130,6 +130,20 @@ def test_bench_refuses_bad_lists(toy_decoder: Callable[[str], Path], options: li
     assert done.exception.problem.where == options[0]
 
 
+@pytest.mark.parametrize(
+    ("file", "config"),
+    [("config.json", {"max_position_embeddings": 64}), ("genai_config.json", {"model": {"context_length": 64}})],
+)
+def test_bench_refuses_prompts_beyond_the_models_positions(
+    file: str, config: Any, toy_decoder: Callable[[str], Path]
+) -> None:
+    folder = toy_decoder("ours")
+    (folder / file).write_text(json.dumps(config))
+    done = CliRunner().invoke(command(bench), [str(folder), "--prompts", "8,65"])
+    assert isinstance(done.exception, InvalidInput)
+    assert str(done.exception.problem).startswith("--prompts: 65 tokens, but the model in")
+
+
 def test_bench_refuses_a_folder_without_a_model(tmp_path: Path) -> None:
     done = CliRunner().invoke(command(bench), [str(tmp_path)])
     assert isinstance(done.exception, InvalidInput)
