@@ -215,8 +215,9 @@ class ConvertAttention(Stage):
 
     def window_in(self, model: ModelShape) -> int:
         """Tokens of the window that layers of `model` get; 0 where they get none."""
-        if self.sliding_window or self.window is not None:
-            return self.sliding_window or self.window or 0
+        given = self.sliding_window or self.window
+        if given is not None:
+            return given
         if self.to not in WINDOWED or model.family.kind == "encoder":
             return 0
         lengths = (model.max_position_embeddings, *(each.sequence_length for each in self.trainings.values()))
