@@ -33,6 +33,7 @@ from compress.exports.onnx.describe import load
 from compress.exports.onnx.exact import EXACT_FILE, write_exact
 from compress.exports.onnx.graph import MODEL_FILE
 from compress.exports.onnx.matrices import ACCURACY_LEVEL
+from compress.mixers.cache_name import CACHE
 from compress.models.load import load_tokenizer
 from compress.quant.qtensor import QTensor
 from compress.quant.store import load_quantized_model, read_quantized
@@ -145,8 +146,8 @@ def greedy(ours: Any, graph: OnnxModel, ids_1T: Array, num_new: int) -> Greedy:
     given, past, same, gap = ids_1T, None, 0, 0.0
     for _ in range(num_new):
         with torch.inference_mode():
-            output = ours(input_ids=torch.from_numpy(given), past_key_values=past, use_cache=True)
-        past, logits_V = output.past_key_values, output.logits[0, -1].numpy()
+            output = ours(input_ids=torch.from_numpy(given), use_cache=True, **{CACHE: past})
+        past, logits_V = getattr(output, CACHE), output.logits[0, -1].numpy()
         theirs_V = (decoder.prefill(given) if given is ids_1T else decoder.step(int(given[0, 0])))[0]
         agrees = theirs_V.argmax() == logits_V.argmax()
         same += int(agrees)

@@ -24,6 +24,7 @@ class MixerLayer(LinearAttentionCacheLayerMixin):
     """
 
     is_compileable = False
+    is_croppable = False
 
     def lazy_initialization(self, *_: Any, **__: Any) -> None:
         """Nothing is allocated before the first token."""

@@ -36,11 +36,12 @@ from transformers.masking_utils import (
     create_sliding_window_causal_mask,
     find_packed_sequence_indices,
 )
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .cache import HybridCache
+from .cache_name import CACHE, one_cache
 from .mixer import Mixer
 from .spec import FULL, LINEAR, SLIDING
 
@@ -105,46 +106,49 @@ class HybridBackbone(Hybrid):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: HybridCache | None = None,
+        cache: HybridCache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        past_key_values: HybridCache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """(B, T) ids or (B, T, hidden) embeddings → the last hidden state (B, T, hidden) and the cache.
 
         attention_mask (B, S): 0 at padding, on either side, for the S − T tokens in the cache too. position_ids: by
         default each row's own count of tokens that are no padding; where they restart, without a cache or a mask, a
-        new document starts that sees nothing of the one before.
+        new document starts that sees nothing of the one before. cache: also by its older name, past_key_values.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
+        cache = one_cache(cache, past_key_values)
         x_BTD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         starts_BT = None
-        if position_ids is not None and attention_mask is None and past_key_values is None:
+        if position_ids is not None and attention_mask is None and cache is None:
             starts_BT = document_starts(position_ids.expand(len(x_BTD), -1))
-        if past_key_values is None and use_cache and starts_BT is None:
-            past_key_values = HybridCache(self.config)
-        _check(attention_mask, past_key_values)
+        if cache is None and use_cache and starts_BT is None:
+            cache = HybridCache(self.config)
+        _check(attention_mask, cache)
         if position_ids is None:
-            position_ids = positions(x_BTD, attention_mask, past_key_values)
+            position_ids = positions(x_BTD, attention_mask, cache)
         rotation = self.rotary_emb(x_BTD, position_ids)
-        shared = {"position_ids": position_ids, "past_key_values": past_key_values}
+        shared = {"position_ids": position_ids, CACHE: cache}
         seen = {LINEAR: {"padding_mask": attention_mask, "segment_start_BT": starts_BT}}
         for kind in {*self.config.layer_types} - {LINEAR}:
             mask = MASKS[kind](config=self.config, inputs_embeds=x_BTD, attention_mask=attention_mask, **shared)
             seen[kind] = {"attention_mask": mask}
         for layer, kind in zip(self.layers, self.config.layer_types, strict=False):
             x_BTD = layer(x_BTD, position_embeddings=rotation, use_cache=use_cache, **shared, **seen[kind], **kwargs)
-        if past_key_values is not None:
-            past_key_values.num_tokens += x_BTD.shape[1]
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(x_BTD), past_key_values=past_key_values)
+        if cache is not None:
+            cache.num_tokens += x_BTD.shape[1]
+        found: dict[str, Any] = {"last_hidden_state": self.norm(x_BTD), CACHE: cache}
+        return BaseModelOutputWithPast(**found)
 
 
 def _check(attention_mask: Tensor | None, cache: object) -> None:
     if attention_mask is not None and attention_mask.ndim != 2:
         raise ValueError(f"attention_mask must be (batch, tokens), but has {attention_mask.ndim} dimensions")
     if cache is not None and not isinstance(cache, HybridCache):
-        raise TypeError(f"past_key_values must be a HybridCache(model.config), or none, not {type(cache).__name__}")
+        raise TypeError(f"{CACHE} must be a HybridCache(model.config), or none, not {type(cache).__name__}")
 
 
 def positions(x_BTD: Tensor, attention_mask: Tensor | None, cache: HybridCache | None) -> Tensor:
@@ -178,14 +182,56 @@ class HybridHead(Hybrid, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: HybridCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        past_key_values: HybridCache | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """What the family's own model does, given the cache by either of its names."""
+        kwargs |= {"inputs_embeds": inputs_embeds, "labels": labels, "use_cache": use_cache}
+        kwargs |= {"logits_to_keep": logits_to_keep, CACHE: one_cache(cache, past_key_values)}
+        result: CausalLMOutputWithPast = super().forward(input_ids, attention_mask, position_ids, **kwargs)
+        return result
+
+    def generate(
+        self, *args: Any, cache: HybridCache | None = None, past_key_values: HybridCache | None = None, **kwargs: Any
+    ) -> Any:
+        """transformers' own, given the cache by either of its names."""
+        given = one_cache(cache, past_key_values)
+        own: Any = super()
+        return own.generate(*args, **kwargs if given is None else kwargs | {CACHE: given})
+
+    def _prefill(
+        self, input_ids: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        cache = model_kwargs.get(CACHE)
+        # From 5.24 on transformers feeds a cache of linear layers alone what it has seen once more; ours knows how much
+        if CACHE == "cache" and isinstance(cache, HybridCache) and all(cache.is_linear):
+            embeds, mask = model_kwargs.get("inputs_embeds"), model_kwargs.get("attention_mask")
+            length = generation_config._mask_length if mask is None else mask.shape[1]
+            if embeds is not None:
+                model_kwargs["inputs_embeds"] = embeds[:, cache.num_tokens :]
+            elif length == input_ids.shape[1]:
+                input_ids = input_ids[:, cache.num_tokens :]
+        own: Any = super()
+        return own._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
+
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], mode: Any, batch_size: int, max_cache_length: int
     ) -> Any:
-        if generation_config.use_cache is False or model_kwargs.get("past_key_values") is not None:
+        if generation_config.use_cache is False or model_kwargs.get(CACHE) is not None:
             own: Any = super()
             own._prepare_cache_for_generation(generation_config, model_kwargs, mode, batch_size, max_cache_length)
         elif generation_config.cache_implementation in (None, "dynamic"):
-            model_kwargs["past_key_values"] = HybridCache(self.config)
+            model_kwargs[CACHE] = HybridCache(self.config)
         else:
             what = f"cache_implementation {generation_config.cache_implementation!r} has no linear layers"
             raise ValueError(f"{what}: leave it out")

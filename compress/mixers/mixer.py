@@ -12,6 +12,7 @@ from transformers import Cache, PretrainedConfig
 from transformers import initialization as init
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
+from .cache_name import one_cache
 from .conv import CausalConv, last_valid
 from .features import FeatureMap
 from .scan import chunked, step
@@ -93,19 +94,21 @@ class Mixer(nn.Module):
         self,
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         padding_mask: Tensor | None = None,
         segment_start_BT: Tensor | None = None,
+        past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         """(B, T, hidden) → (B, T, hidden). Other keywords of the attention's are ignored.
 
-        position_embeddings: RoPE's cosine and sine. past_key_values: read and written at `layer_idx`. padding_mask
-        (B, S ≥ T): its last T columns are zero where these tokens are padding, on either side. segment_start_BT: true
-        where a packed row starts a new document.
+        position_embeddings: RoPE's cosine and sine. cache, or past_key_values: read and written at `layer_idx`.
+        padding_mask (B, S ≥ T): its last T columns are zero where these tokens are padding, on either side.
+        segment_start_BT: true where a packed row starts a new document.
         """
+        cache = one_cache(cache, past_key_values)
         valid_BT = None if padding_mask is None else padding_mask[:, -hidden_states.shape[1] :].bool()
-        q, k, v = self._project(hidden_states, past_key_values, valid_BT, segment_start_BT)
+        q, k, v = self._project(hidden_states, cache, valid_BT, segment_start_BT)
         q, k = apply_rotary_pos_emb(q, k, *position_embeddings, unsqueeze_dim=2)
         if self.spec.normalised:
             v = F.pad(v, (0, 1), value=1.0)
@@ -113,13 +116,13 @@ class Mixer(nn.Module):
             v = v * valid_BT[:, :, None, None]
         near_BTHD = None
         if self.spec.window:
-            near_BTHD, k, v = self._look_near(q, k, v, past_key_values, valid_BT, segment_start_BT)
+            near_BTHD, k, v = self._look_near(q, k, v, cache, valid_BT, segment_start_BT)
         q, k = self.feature_map_q(q), self.feature_map_k(k)
         v, log_decay_BTG, beta_BTG = self._rates(hidden_states, v.float())
         if valid_BT is not None:
             log_decay_BTG = None if log_decay_BTG is None else log_decay_BTG * valid_BT.unsqueeze(-1)
             beta_BTG = None if beta_BTG is None else beta_BTG * valid_BT.unsqueeze(-1)
-        y_BTHV = self._scan(q, k, v, log_decay_BTG, beta_BTG, past_key_values, segment_start_BT)
+        y_BTHV = self._scan(q, k, v, log_decay_BTG, beta_BTG, cache, segment_start_BT)
         if near_BTHD is not None:
             w_BTH1 = self.w_proj(hidden_states).float().exp().unsqueeze(-1)
             y_BTHD = (w_BTH1 * near_BTHD + y_BTHV[..., :-1]) / (w_BTH1 + y_BTHV[..., -1:])

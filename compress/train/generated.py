@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compress.errors import StageFailed
+from compress.mixers.cache_name import CACHE
 from compress.models.parts import Parts
 from compress.stage import Reporter, StageContext
 from compress.train.options import Precision, StepOptions
@@ -89,8 +90,8 @@ class Author:
         new_BT, cache = ids_BT[:, :begun], None
         for t in range(begun, length):
             given_BT = torch.from_numpy(new_BT).to(self.model.device)
-            output: Any = self.model(input_ids=given_BT, past_key_values=cache, use_cache=True)
-            cache = output.past_key_values
+            output: Any = self.model(input_ids=given_BT, use_cache=True, **{CACHE: cache})
+            cache = getattr(output, CACHE)
             token_B = self._next(output.logits[:, -1].float(), chance_BT[rows_B, t], drawn_BT[rows_B, t])
             ids_BT[rows_B, t] = token_B
             goes_on_B = ~np.isin(token_B, vocabulary.ends)

@@ -40,11 +40,13 @@ def cache_scales(model: PreTrainedModel, described: Model, ids_BT: Ints) -> dict
     """By layer with softmax attention: scales that hold `HEADROOM` times what each channel has in the text."""
     import torch
 
+    from compress.mixers.cache_name import CACHE
+
     largest: dict[int, list[Tensor]] = {}
     run: Any = model
     for ids_1T in torch.from_numpy(ids_BT[:, None]):
         with torch.inference_mode():
-            run(input_ids=ids_1T, use_cache=True, past_key_values=_watched(described, model.config, largest))
+            run(input_ids=ids_1T, use_cache=True, **{CACHE: _watched(described, model.config, largest)})
     return {
         layer: CacheScales(*((part_GD.where(part_GD > 0, 1.0) * _STEP).numpy() for part_GD in parts))
         for layer, parts in largest.items()

@@ -129,6 +129,8 @@ def _expect_decoder(model: PreTrainedModel, prompt: NDArray[np.int64]) -> Expect
     """torch's logits and greedy tokens, with its own cache."""
     import torch
 
+    from compress.mixers.cache_name import CACHE
+
     run: Any = model
     with torch.inference_mode():
         output = run(input_ids=torch.from_numpy(prompt), use_cache=True)
@@ -137,7 +139,8 @@ def _expect_decoder(model: PreTrainedModel, prompt: NDArray[np.int64]) -> Expect
         stepwise = [output.logits[0, -1].numpy()]
         while len(tokens) < NUM_GREEDY:
             tokens.append(int(stepwise[-1].argmax()))
-            output = run(input_ids=torch.tensor([tokens[-1:]]), past_key_values=output.past_key_values, use_cache=True)
+            past = {CACHE: getattr(output, CACHE)}
+            output = run(input_ids=torch.tensor([tokens[-1:]]), use_cache=True, **past)
             stepwise.append(output.logits[0, -1].numpy())
     return Expected(prompt, outputs, np.array(tokens), np.stack(stepwise[:-1]))
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticCache
 
 from compress.mixers.cache import HybridCache
+from compress.mixers.cache_name import CACHE
 from compress.mixers.spec import SPECS
 from compress.models.convert import to_hybrid
 from compress.models.load import load_model
@@ -69,8 +70,8 @@ def test_token_by_token_equals_the_whole(build: Build, layout: str, first: int) 
     steps = []
     for part in (ids[:, :first], *ids[:, first:].split(1, 1)):
         with torch.no_grad():
-            result = model(part, past_key_values=cache, use_cache=True)
-        cache = result.past_key_values
+            result = model(part, cache=cache, use_cache=True)
+        cache = getattr(result, CACHE)
         steps.append(result.logits)
     whole = logits(model, ids, use_cache=False)
     torch.testing.assert_close(torch.cat(steps, 1), whole, **CLOSE)
@@ -96,6 +97,39 @@ def test_generation_with_a_cache_equals_that_without(build: Build, layout: str) 
             found.append(model.generate(ids, use_cache=use_cache, **options | chunk))
         assert torch.equal(*found), options
         assert found[0].shape[1] == ids.shape[1] + 12
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_the_cache_has_two_names_under_any_transformers(build: Build, name: str) -> None:
+    model, ids = build("llama"), tokens()
+    for given_to in (model, model.model):  # the head, and the backbone alone
+        cache = HybridCache(model.config)
+        with torch.no_grad():
+            whole, *steps = (given_to(part, **{name: given})[0] for part, given in (
+                (ids, None), (ids[:, :12], cache), (ids[:, 12:], cache)
+            ))  # fmt: skip
+        torch.testing.assert_close(torch.cat(steps, 1), whole, **CLOSE)
+        assert cache.get_seq_length() == ids.shape[1]
+        with pytest.raises(TypeError, match="two names of one argument"):
+            given_to(ids, cache=cache, past_key_values=HybridCache(model.config))
+
+
+@pytest.mark.parametrize("layout", ["windows", "all linear", "sliding"])
+@pytest.mark.parametrize("form", ["whole text", "new tokens", "embeddings"])
+def test_generation_goes_on_from_a_cache(build: Build, layout: str, form: str) -> None:
+    model, ids, cache = build(layout), tokens(), HybridCache(build(layout).config)
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    begun = model.generate(ids, cache=cache, **options)
+    text = torch.cat([begun, tokens(length=3, seed=2)], 1)
+    seen = cache.get_seq_length()
+    assert seen == ids.shape[1] + 5
+    given: dict[str, Any] = {"attention_mask": torch.ones_like(text)}
+    expected = model.generate(text, use_cache=False, **given, **options)[:, text.shape[1] :]
+    if form == "embeddings":
+        given["inputs_embeds"] = model.get_input_embeddings()(text)
+    else:
+        given["inputs"] = text if form == "whole text" else text[:, seen:]
+    assert torch.equal(model.generate(cache=cache, **given, **options)[:, -6:], expected)
 
 
 @each_layout
@@ -126,9 +160,9 @@ def test_padding_on_the_right_changes_nothing(build: Build, layout: str) -> None
         return  # a window counts the padding between a prompt and what follows it, in every transformers model
     more = tokens(length=3, seed=2)
     cache = HybridCache(model.config)
-    logits(model, padded, attention_mask=mask, past_key_values=cache)
+    logits(model, padded, attention_mask=mask, cache=cache)
     mask = torch.cat([mask, torch.ones_like(more)], 1)
-    followed = logits(model, more, attention_mask=mask, past_key_values=cache)
+    followed = logits(model, more, attention_mask=mask, cache=cache)
     alone = logits(model, torch.cat([ids[:1, :short], more[:1]], 1))[:, short:]
     torch.testing.assert_close(followed[:1], alone, **CLOSE)
 
@@ -196,14 +230,14 @@ def test_the_cache_of_linear_layers_alone_counts_and_does_not_grow(build: Build)
     assert cache.get_seq_length() == cache.num_bytes == 0
     sizes = []
     for length in (5, 1, 7):
-        logits(model, tokens(length=length), past_key_values=cache)
+        logits(model, tokens(length=length), cache=cache)
         sizes.append(cache.num_bytes)
     assert cache.get_seq_length() == 13
     specs = [SPECS[name] for name in LAYOUTS["all linear"]["mixers"]]
     assert set(sizes) == {2 * sum(spec.state_bytes(4, 2, 16) for spec in specs)}  # of two sequences
     cache.reset()
     assert cache.get_seq_length() == cache.num_bytes == 0
-    again = logits(model, tokens(length=5), past_key_values=cache)
+    again = logits(model, tokens(length=5), cache=cache)
     torch.testing.assert_close(again, logits(model, tokens(length=5)))
 
 
@@ -211,23 +245,23 @@ def test_the_cache_of_linear_layers_alone_counts_and_does_not_grow(build: Build)
 def test_rows_of_a_cache_are_repeated_selected_and_reordered(build: Build, layout: str) -> None:
     model, ids, more = build(layout), tokens(batch=3), tokens(batch=3, length=2, seed=2)
     cache = HybridCache(model.config)
-    logits(model, ids, past_key_values=cache)
+    logits(model, ids, cache=cache)
     cache.batch_repeat_interleave(2)  # rows 0 0 1 1 2 2
     cache.batch_select_indices(torch.tensor([0, 2, 5]))
     cache.reorder_cache(torch.tensor([2, 0, 1]))
     rows = torch.tensor([2, 0, 1])
-    found = logits(model, more, past_key_values=cache)
+    found = logits(model, more, cache=cache)
     torch.testing.assert_close(found, logits(model, torch.cat([ids[rows], more], 1))[:, -2:], **CLOSE)
 
 
 def test_what_a_state_cannot_do_is_refused(build: Build) -> None:
     model, ids = build("llama"), tokens()
-    cache = model(ids).past_key_values
+    cache = getattr(model(ids), CACHE)
     with pytest.raises(ValueError, match="can't forget its last tokens"):
         cache.crop(-1)
     for wrong in (DynamicCache(), StaticCache(model.config, max_cache_len=32)):
         with pytest.raises(TypeError, match=r"must be a HybridCache\(model.config\), or none, not "):
-            model(ids, past_key_values=wrong)
+            model(ids, cache=wrong)
     with pytest.raises(ValueError, match="attention_mask must be"):
         model(ids, attention_mask=torch.ones(2, 1, 21, 21))
     with pytest.raises(ValueError, match="'static' has no linear layers"):
@@ -239,7 +273,7 @@ def test_what_a_state_cannot_do_is_refused(build: Build) -> None:
 def test_without_linear_layers_a_cache_can_be_cropped(tmp_path: Path) -> None:
     model, ids = to_hybrid(load_model(make_pico("llama", tmp_path)), [None] * 4), tokens()
     cache = HybridCache(model.config)
-    logits(model, ids, past_key_values=cache)
+    logits(model, ids, cache=cache)
     cache.crop(-5)
     assert cache.get_seq_length() == 16
-    torch.testing.assert_close(logits(model, ids[:, 16:], past_key_values=cache), logits(model, ids)[:, 16:], **CLOSE)
+    torch.testing.assert_close(logits(model, ids[:, 16:], cache=cache), logits(model, ids)[:, 16:], **CLOSE)

@@ -98,11 +98,18 @@ class Refuse:
         if name.split(".")[0] == "compress":
             raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, Refuse())
-import torch
+import torch, warnings
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+code = sys.modules[type(model).__module__]
 ids = torch.arange(1, 31)[None]
-torch.save({"logits": model(ids).logits, "tokens": model.generate(ids, max_new_tokens=5, do_sample=False)}, sys.argv[2])
+found = {"whole": (model(ids).logits, model.generate(ids, max_new_tokens=5, do_sample=False))}
+warnings.simplefilter("error")
+for name in ("cache", "past_key_values"):
+    caches = [{name: code.HybridCache(model.config)} for _ in range(2)]
+    logits = torch.cat([model(part, **caches[0]).logits for part in ids.split(12, 1)], 1)
+    found[name] = logits, model.generate(ids, max_new_tokens=5, do_sample=False, **caches[1])
+torch.save(found, sys.argv[2])
 model.save_pretrained(sys.argv[3])
 assert "compress" not in sys.modules
 """
@@ -113,9 +120,12 @@ def test_a_python_without_this_package_runs_the_copy_of_its_code(hybrids: Hybrid
     command = [sys.executable, "-I", "-c", WITHOUT, str(folder), str(tmp_path / "found.pt"), str(tmp_path / "again")]
     subprocess.run(command, check=True, capture_output=True, env=os.environ | {"HF_HOME": str(tmp_path / "home")})
     found, model = torch.load(tmp_path / "found.pt"), load_model(folder)
-    assert torch.equal(found["logits"], logits(model))
-    ids = torch.arange(1, 31)[None]
-    assert torch.equal(found["tokens"], model.generate(ids, max_new_tokens=5, do_sample=False))  # type: ignore[operator]
+    expected: Any = model.generate(torch.arange(1, 31)[None], max_new_tokens=5, do_sample=False)  # type: ignore[operator]
+    assert found.keys() == {"whole", "cache", "past_key_values"}
+    for which, (own_logits, own_tokens) in found.items():
+        close = {"rtol": 0.0, "atol": 0.0 if which == "whole" else 2e-5}
+        torch.testing.assert_close(own_logits, logits(model), **close)
+        assert torch.equal(own_tokens, expected), which
     assert torch.equal(logits(load_model(tmp_path / "again")), logits(model))
 
 

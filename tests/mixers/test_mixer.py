@@ -143,13 +143,13 @@ def test_prefill_and_steps_are_the_whole(spec: MixerSpec) -> None:
     mixer, x = mixer_of(spec), hidden()
     cache = DynamicCache(config=config_of(spec))
     bounds = [0, 2, 70, 71, 72, LENGTH]  # the first piece is shorter than the convolution
-    pieces = [run(mixer, x, slice(a, b), past_key_values=cache) for a, b in pairwise(bounds)]
+    pieces = [run(mixer, x, slice(a, b), cache=cache) for a, b in pairwise(bounds)]
     assert_near(torch.cat(pieces, 1), run(mixer, x))
     state = cache.layers[0].recurrent_states[0]
     assert state.dtype == torch.float32
     assert state.shape == (2, 2, spec.key_dim(8), spec.value_dim(8))
     cache.reset()
-    assert_near(run(mixer, x, past_key_values=cache), run(mixer, x))
+    assert_near(run(mixer, x, cache=cache), run(mixer, x))
 
 
 @each_type
@@ -165,11 +165,11 @@ def test_padded_rows_are_the_rows_alone_and_can_be_continued(spec: MixerSpec, si
     rotations = [torch.cat(parts) for parts in zip(*(rotation(row) for row in positions), strict=True)]
     cache, next_x = DynamicCache(config=config_of(spec)), hidden(1, seed=2)
     with torch.no_grad():
-        batch = mixer(x, rotations, padding_mask=mask, past_key_values=cache)[0]
+        batch = mixer(x, rotations, padding_mask=mask, cache=cache)[0]
         longer = torch.cat([mask, torch.ones(2, 1, dtype=torch.long)], 1)
         rotations = [torch.cat(parts) for parts in zip(rotation([LENGTH]), rotation([short]), strict=True)]
         rotations = [part.view(2, 1, -1) for part in rotations]
-        following = mixer(next_x, rotations, padding_mask=longer, past_key_values=cache)[0]
+        following = mixer(next_x, rotations, padding_mask=longer, cache=cache)[0]
     assert_near(torch.cat([batch[:1], following[:1]], 1), run(mixer, torch.cat([x[:1], next_x[:1]], 1)))
     alone = run(mixer, torch.cat([x[1:, offset : offset + short], next_x[1:]], 1))
     assert_near(torch.cat([batch[1:, offset : offset + short], following[1:]], 1), alone)
@@ -239,9 +239,9 @@ def test_half_precision_projects_in_half_and_scans_in_float32(spec: MixerSpec, a
     cache = DynamicCache(config=config_of(spec))
     if autocast:
         with torch.autocast("cpu", torch.bfloat16):
-            found = run(mixer, x, past_key_values=cache)
+            found = run(mixer, x, cache=cache)
     else:
-        found = run(mixer.bfloat16(), x.bfloat16(), past_key_values=cache)
+        found = run(mixer.bfloat16(), x.bfloat16(), cache=cache)
     assert found.dtype == torch.bfloat16
     assert cache.layers[0].recurrent_states[0].dtype == torch.float32
     assert_near(found.float(), expected, 0.05)

@@ -18,6 +18,7 @@ from torch import nn
 
 from compress.artifact import Artifact
 from compress.errors import StageFailed
+from compress.mixers.cache_name import CACHE
 from compress.models.anatomy import shape_of
 from compress.models.load import load_model
 from compress.models.parts import Parts
@@ -94,8 +95,8 @@ def test_key_value_cache_after_pruning(model_type: str, reloaded: bool, pico: Pi
     cache, steps = None, []
     with torch.no_grad():
         for token in ids.split(1, dim=1):
-            result = model(token, past_key_values=cache, use_cache=True)
-            cache = result.past_key_values
+            result = model(token, use_cache=True, **{CACHE: cache})
+            cache = getattr(result, CACHE)
             steps.append(result.logits)
     torch.testing.assert_close(torch.cat(steps, 1), whole, rtol=1e-4, atol=1e-4)
     options = {"max_new_tokens": 8, "do_sample": False, "attention_mask": torch.ones_like(ids)}
