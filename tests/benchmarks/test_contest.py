@@ -10,8 +10,9 @@ from typing import Any, Self
 import pytest
 
 from compress.benchmarks import contest
-from compress.benchmarks.contest import Budget, Contestant, Worker, Workload, hold, rotated, rounds
+from compress.benchmarks.contest import Budget, Contestant, Worker, Workload, hold
 from compress.benchmarks.environment import pick_cpus, warnings_of
+from compress.benchmarks.rounds import rotated, rounds
 from compress.errors import StageFailed
 
 
