@@ -34,8 +34,9 @@ from compress.benchmarks.recovery import plus_minus
 from compress.benchmarks.reviews import SENTENCES, fine_tune, reviews
 from compress.models.load import load_model, load_tokenizer
 from compress.models.parts import Parts
-from compress.quant.apply import Quantized, quantize_model
+from compress.quant.apply import quantize_model
 from compress.quant.options import QuantizeOptions
+from compress.quant.quantized import Quantized
 from compress.quant.trained import FakeQuantisation
 from compress.stage import Reporter
 from compress.train.engine import place, recover

@@ -12,17 +12,20 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal, Self
 
+from compress.benchmarks.rounds import Budget as Budget
+from compress.benchmarks.rounds import Measured as Measured
+from compress.benchmarks.rounds import Round, finished, gathered, rotated, round_name, rounds
 from compress.errors import StageFailed
 from compress.stage import Progress
+from compress.units import UNKEPT, Unit, Units
 
 COMMAND = (sys.executable, "-m", "compress.benchmarks.worker")
 Runtime = Literal["ort", "genai"]
-MIN_ROUNDS = 3
 SETTLE_SECONDS = 0.05
 """Pause between turns: ONNX Runtime's threads spin for up to 30 ms after a run before they sleep."""
 
@@ -46,26 +49,6 @@ class Workload:
     def figure(self, what: str) -> str:
         """The name of a figure at this workload: `tpot_ms@128`, `tpot_ms@128,batch=4`."""
         return f"{what}@{self.tokens}" + (f",batch={self.batch}" if self.batch != 1 else "")
-
-
-@dataclass(frozen=True)
-class Budget:
-    """At most `rounds` rounds, and none begun that would end after `seconds`, but at least MIN_ROUNDS."""
-
-    rounds: int
-    seconds: float
-
-
-@dataclass
-class Measured:
-    """What was seen of one model. samples[figure][round] are the times in ms of that round."""
-
-    kind: str
-    load_ms: float
-    rss_before_load_mb: float
-    pinned: bool
-    peak_rss_mb: float = 0.0
-    samples: dict[str, list[list[float]]] = field(default_factory=dict)
 
 
 class Worker:
@@ -117,50 +100,64 @@ def hold(
     contestants: Mapping[str, Contestant], workloads: Sequence[Workload], budget: Budget,
     *, threads: int, cpus: Sequence[int], vocab_size: int, advance: Progress,
 ) -> dict[str, Measured]:  # fmt: skip
+    """What the rounds of a contest saw of each model; see `play`."""
+    return gathered(
+        play(contestants, workloads, budget, threads=threads, cpus=cpus, vocab_size=vocab_size, advance=advance)
+    )
+
+
+def play(
+    contestants: Mapping[str, Contestant], workloads: Sequence[Workload], budget: Budget,
+    *, threads: int, cpus: Sequence[int], vocab_size: int, advance: Progress,
+    units: Units = UNKEPT, warnings: Sequence[str] = (),
+) -> list[Round]:  # fmt: skip
     """Load every model, warm all of them up with every workload, then measure in rounds.
 
-    Raises StageFailed where a model can't be loaded or run or its process dies.
+    units: rounds that they hold, of other processes, are not measured again; where more are due, models are loaded and
+    warmed up anew. warnings: why the rounds of this process may be off. Raises StageFailed where a model can't be
+    loaded or run or its process dies.
     """
+    seen = finished(units)
+    advance(len(seen))
+    before = [each.seconds for each in seen]
+    if budget.is_spent(before):
+        return seen
+    process = seen[-1].process + 1 if seen else 0
     with contextlib.ExitStack() as stack:
         workers = {name: stack.enter_context(Worker(name)) for name in contestants}
-        measured = {}
+        loaded = {}
         for name, worker in workers.items():
             _read_into_page_cache(contestants[name].folder)
-            loaded = worker.ask(
+            loaded[name] = worker.ask(
                 do="load", folder=str(contestants[name].folder), runtime=contestants[name].runtime,
                 threads=threads, cpus=list(cpus),
             )  # fmt: skip
-            measured[name] = Measured(**loaded)
-        names = list(workers)
         started = time.monotonic()
-        for number in rounds(budget, time.monotonic):
-            for workload in workloads:
-                for name in rotated(names, number):
-                    time.sleep(SETTLE_SECONDS)
-                    answer = workers[name].ask(do="measure", vocab_size=vocab_size, **vars(workload))
-                    measured[name].peak_rss_mb = answer["peak_rss_mb"]
-                    if number > 0:
-                        for what, times_ms in answer["times"].items():
-                            measured[name].samples.setdefault(workload.figure(what), []).append(times_ms)
-            advance(1, f"round {number}, {time.monotonic() - started:.0f} s")
-        return measured
+        for number in rounds(budget, time.monotonic, before):
+            began = time.monotonic()
+            loaded, times = _take_turns(workers, loaded, workloads, number, vocab_size)
+            now = time.monotonic()
+            if number > 0:
+                seen.append(Round(process, now - began, list(warnings), loaded, times))
+                units.keep(round_name(number), Unit(vars(seen[-1])))
+            advance(1, f"round {number}, {now - started:.0f} s")
+    return seen
 
 
-def rounds(budget: Budget, clock: Callable[[], float]) -> Iterator[int]:
-    """0 for the warm-up, then 1, 2, … as far as the budget goes, taking each round to be as long as the one before."""
-    started = last = clock()
-    for number in range(max(budget.rounds, MIN_ROUNDS) + 1):
-        now = clock()
-        if number > MIN_ROUNDS and now - started + (now - last) > budget.seconds:
-            return
-        last = now
-        yield number
-
-
-def rotated(names: Sequence[str], number: int) -> list[str]:
-    """The order of a round: each begins with another model."""
-    start = number % len(names)
-    return [*names[start:], *names[:start]]
+def _take_turns(
+    workers: Mapping[str, Worker], loaded: Mapping[str, dict[str, Any]], workloads: Sequence[Workload], number: int,
+    vocab_size: int,
+) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, list[float]]]]:  # fmt: skip
+    """One round: `loaded` with the peak memory that each model has now, and its times by figure."""
+    peaks_mb: dict[str, float] = {}
+    times: dict[str, dict[str, list[float]]] = {name: {} for name in workers}
+    for workload in workloads:
+        for name in rotated(list(workers), number):
+            time.sleep(SETTLE_SECONDS)
+            answer = workers[name].ask(do="measure", vocab_size=vocab_size, **vars(workload))
+            peaks_mb[name] = answer["peak_rss_mb"]
+            times[name] |= {workload.figure(what): times_ms for what, times_ms in answer["times"].items()}
+    return {name: {**own, "peak_rss_mb": peaks_mb[name]} for name, own in loaded.items()}, times
 
 
 def _read_into_page_cache(folder: Path) -> None:

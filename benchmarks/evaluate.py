@@ -65,11 +65,13 @@ class Evaluate(Stage):
 
     def run(self, context: StageContext) -> Metrics:
         from compress.benchmarks.judging import judge
+        from compress.units import Units
 
         found = judge(
             context.input.path, context.inputs[self.against].path, context.data,
             sequence_length=self.sequence_length, max_tokens=self.tokens,
             threads=context.target.threads, reporter=context.reporter, recall=self.recall,
+            units=Units("evaluate", context.work / "blocks", log=context.reporter.log),
         )  # fmt: skip
         result = {**found.result(), "eval_tokens": float(found.num_tokens)}
         metrics = {"result": result, self.against: found.reference()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from compress.benchmarks.recollection import Recollection
 from compress.benchmarks.scorers import Scorer, Task
 from compress.errors import StageFailed
 from compress.stage import Progress
+from compress.units import UNKEPT, Units
 
 _MASKED_SHARE = 0.15  # of a masked language model's tokens, as in its own training (BERT, sec. 3.1)
 
@@ -94,25 +96,31 @@ def questions(blocks_NT: Ints, task: Task, mask_id: int | None = None) -> list[Q
 
 
 def evaluate(
-    score: Scorer, reference: Scorer | None, asked: Sequence[Question], task: Task, advance: Progress
-) -> Evaluation:
+    score: Scorer, reference: Scorer | None, asked: Sequence[Question], task: Task, advance: Progress,
+    units: Units = UNKEPT,
+) -> Evaluation:  # fmt: skip
     """Ask both models every question, one block in memory at a time. The same scorer twice is run once.
 
-    Raises StageFailed where a model answers with numbers that are not finite.
+    units: blocks that they hold are not asked again. Raises StageFailed where a model answers with numbers that are not
+    finite.
     """
-    rows: list[dict[str, float]] = []
-    counts: list[int] = []
-    for number, question in enumerate(asked):
+
+    def sums_of(number: int, question: Question) -> dict[str, Any]:
         answer = _finite(score(question.ids_T, question.rows), number)
         theirs = None
         if reference is not None:
             same = reference is score
             theirs = answer if same else _finite(reference(question.ids_T, question.rows), number)
-        rows.append({figure: float(values.sum()) for figure, values in _figures(answer, theirs, question, task)})
-        counts.append(len(answer))
+        sums = {figure: float(values.sum()) for figure, values in _figures(answer, theirs, question, task)}
+        return {"sums": sums, "predictions": len(answer)}
+
+    found = []
+    for number, question in enumerate(asked):
+        found.append(units.once(f"block {number}", partial(sums_of, number, question)))
         advance(1)
-    sums = {figure: np.array([row[figure] for row in rows]) for figure in rows[0]}
-    return Evaluation(np.array(counts), sums, sum(len(question.ids_T) for question in asked))
+    sums = {figure: np.array([each["sums"][figure] for each in found]) for figure in found[0]["sums"]}
+    counts = np.array([each["predictions"] for each in found])
+    return Evaluation(counts, sums, sum(len(question.ids_T) for question in asked))
 
 
 def _figures(

@@ -18,6 +18,7 @@ from compress.data.text import TextData
 from compress.errors import StageFailed
 from compress.models.load import load_tokenizer
 from compress.stage import Reporter
+from compress.units import UNKEPT, Units
 
 if TYPE_CHECKING:
     from torch import nn
@@ -27,10 +28,11 @@ if TYPE_CHECKING:
 def judge(
     subject: Path, reference: Path | None, data: TextData, *,
     sequence_length: int, max_tokens: int, threads: int, reporter: Reporter, recall: Recall | None = None,
+    units: Units = UNKEPT,
 ) -> Evaluation:  # fmt: skip
     """Evaluate the model in `subject` on the eval split, beside the one in `reference` where there is one.
 
-    recall: what else is asked, of language models only, and where.
+    recall: what else is asked, of language models only, and where. units: what they hold is not asked again.
     Raises StageFailed where the two folders' tokenizers disagree on this text (then no figure of one could be held
     against the other's), where the text is too short, or where a model's output is not finite.
     """
@@ -48,11 +50,11 @@ def judge(
     if reference is not None and beside is None:
         beside = open_scorer(reference, task, threads=threads)
     with reporter.progress("evaluate", len(asked)) as advance:
-        found = evaluate(score, beside, asked, task, advance)
+        found = evaluate(score, beside, asked, task, advance, units)
     if recall is None or material is None:
         return found
     with reporter.progress("recall", recall.samples) as advance:
-        return replace(found, recollection=recollect(score, beside, *material, recall, advance))
+        return replace(found, recollection=recollect(score, beside, *material, recall, advance, units))
 
 
 def compare(subject: nn.Module, reference: nn.Module, blocks_NT: Ints) -> Evaluation:

@@ -14,6 +14,7 @@ from compress.benchmarks.contest import Budget, Runtime, Workload
 from compress.errors import Problem
 from compress.models.anatomy import ModelShape
 from compress.stage import SOURCE, Ref, Reporter, Stage, StageContext
+from compress.units import UNKEPT, Units
 
 Baseline = Literal["source", "source-int4"]
 _VIA: Mapping[Baseline, str] = {"source": "fp32", "source-int4": "int4"}
@@ -73,6 +74,7 @@ class Latency(Stage):
         found = race(
             folders, self.workloads(), Budget(self.repeats, self.max_seconds),
             threads=context.target.threads, reporter=context.reporter,
+            units=Units("latency", context.work / "rounds", log=context.reporter.log),
         )  # fmt: skip
         write_json(context.out / "latency.json", found)
         (context.out / "latency.md").write_text(report.markdown(found), "utf-8")
@@ -82,21 +84,24 @@ class Latency(Stage):
 
 def race(
     folders: Mapping[str, Path], workloads: Sequence[Workload], budget: Budget,
-    *, threads: int, runtime: Runtime = "ort", reporter: Reporter,
+    *, threads: int, runtime: Runtime = "ort", reporter: Reporter, units: Units = UNKEPT,
 ) -> dict[str, Any]:  # fmt: skip
     """Measure the models in `folders` against each other; what was seen, as `latency.json` holds it.
 
-    Ratios are of the first to each other one. Raises StageFailed where one can't be loaded or run.
+    Ratios are of the first to each other one. units: rounds that they hold, of the same race on the same CPUs, are not
+    measured again. Raises StageFailed where a model can't be loaded or run.
     """
     import tempfile
 
     from compress.benchmarks import report
-    from compress.benchmarks.contest import Contestant, hold
+    from compress.benchmarks.contest import Contestant, play
     from compress.benchmarks.environment import environment, pick_cpus, warnings_of
     from compress.benchmarks.genai import with_threads
+    from compress.benchmarks.rounds import gathered
 
     cpus = pick_cpus(threads)
     surroundings = environment(threads, cpus)
+    told = {"runtime": runtime, "threads": threads, "cpus": cpus, "cpu": surroundings["cpu"]}
     for warning in warnings_of(surroundings):
         reporter.log.warning("latency: %s", warning)
     with tempfile.TemporaryDirectory() as scratch, reporter.progress("latency", budget.rounds + 1) as advance:
@@ -106,11 +111,14 @@ def race(
                 name: with_threads(folder, threads, Path(scratch, str(index)))
                 for index, (name, folder) in enumerate(folders.items())
             }
-        measured = hold(
+        seen = play(
             {name: Contestant(folder, runtime) for name, folder in places.items()}, workloads, budget,
             threads=threads, cpus=cpus, vocab_size=smallest_vocabulary(folders.values()), advance=advance,
+            units=units.made_of({**told, "models": list(folders), "workloads": list(map(vars, workloads))}),
+            warnings=warnings_of(surroundings),
         )  # fmt: skip
-    return report.assemble(measured, {**surroundings, "runtime": runtime}, folders)
+    found = report.assemble(gathered(seen), {**surroundings, "runtime": runtime}, folders)
+    return report.with_history(found, seen)
 
 
 def smallest_vocabulary(folders: Iterable[Path]) -> int:

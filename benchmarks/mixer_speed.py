@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from compress.benchmarks.contest import rotated
 from compress.benchmarks.environment import environment, pick_cpus, warnings_of
+from compress.benchmarks.rounds import rotated
 from compress.benchmarks.timing import Ratio, ratio, summarise
 from compress.hardware import PeakMemory
 from compress.mixers.features import FeatureMap

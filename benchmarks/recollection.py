@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -19,10 +20,13 @@ from compress.benchmarks.recall import Recall, needle_at
 from compress.benchmarks.scorers import Scorer
 from compress.errors import StageFailed
 from compress.stage import Progress
+from compress.units import UNKEPT, Units
 
 _BUCKET_ROWS = 256
 """So many positions of a bucket are looked at, evenly spread: bounds the memory that logits take."""
 Values = NDArray[Any]
+TextSum = list[float]
+"""The sum over the predictions of one text, and their number."""
 
 
 @dataclass(frozen=True)
@@ -55,21 +59,26 @@ class Recollection:
 
 
 def recollect(
-    score: Scorer, reference: Scorer | None, haystack: Haystack, blocks_NT: Ints, recall: Recall, advance: Progress
-) -> Recollection:
+    score: Scorer, reference: Scorer | None, haystack: Haystack, blocks_NT: Ints, recall: Recall, advance: Progress,
+    units: Units = UNKEPT,
+) -> Recollection:  # fmt: skip
     """Put every task to both models; the same scorer twice is run once.
 
     haystack: with twice as many words as there are pairs. blocks_NT: text for perplexity by position, in blocks of
-    one token more than the longest context. Raises StageFailed where a model's output is not finite.
+    one token more than the longest context. units: texts that they hold are not read again. Raises StageFailed where a
+    model's output is not finite.
     """
-    scorers = [each for each in (score, reference) if each is not None]
-    texts: dict[Scorer, list[dict[str, Values]]] = {each: [] for each in scorers}
+    scorers = list(dict.fromkeys(each for each in (score, reference) if each is not None))
+
+    def of_each(number: int) -> list[dict[str, TextSum]]:
+        return [_of_text(each, haystack, blocks_NT[number : number + 1], recall, number) for each in scorers]
+
+    texts = []
     for number in range(recall.samples):
-        for each, told in texts.items():
-            told.append(_of_text(each, haystack, blocks_NT[number : number + 1], recall, number))
+        texts.append(units.once(f"recall text {number}", partial(of_each, number)))
         advance(1)
-    own, *others = (_gather(texts[each]) for each in scorers)
-    return Recollection(own, others[0] if others else {}, recall.mqar_pairs)
+    told = dict(zip(scorers, (_gather(own) for own in zip(*texts, strict=True)), strict=True))
+    return Recollection(told[score], told[reference] if reference is not None else {}, recall.mqar_pairs)
 
 
 def rows_by_bucket(edges: Sequence[int]) -> dict[int, Ints]:
@@ -80,8 +89,8 @@ def rows_by_bucket(edges: Sequence[int]) -> dict[int, Ints]:
     }
 
 
-def _of_text(score: Scorer, haystack: Haystack, block_1T: Ints, recall: Recall, number: int) -> dict[str, Values]:
-    """By figure, one value a prediction."""
+def _of_text(score: Scorer, haystack: Haystack, block_1T: Ints, recall: Recall, number: int) -> dict[str, TextSum]:
+    """By figure."""
     values: dict[str, list[Values]] = defaultdict(list)
     for length in recall.contexts:
         answers = ask(score, mqar_probe(haystack, number, recall.samples, recall.mqar_pairs, length))
@@ -101,7 +110,7 @@ def _of_text(score: Scorer, haystack: Haystack, block_1T: Ints, recall: Recall, 
     for name, each in told.items():
         if not np.isfinite(each).all():
             raise StageFailed("evaluate", f"the model's output is not finite ({name})", "read shorter contexts")
-    return told
+    return {name: [float(each.sum()), len(each)] for name, each in told.items()}
 
 
 def _by_position(score: Scorer, ids_T: Ints, edges: Sequence[int]) -> Iterator[tuple[int, Values]]:
@@ -112,12 +121,12 @@ def _by_position(score: Scorer, ids_T: Ints, edges: Sequence[int]) -> Iterator[t
     return zip(buckets, np.split(nll_R, ends[:-1]), strict=True)
 
 
-def _gather(texts: Sequence[Mapping[str, Values]]) -> dict[str, Sums]:
+def _gather(texts: Sequence[Mapping[str, TextSum]]) -> dict[str, Sums]:
     """By figure, over the texts that have it: short text holds fewer blocks for perplexity than samples are asked."""
     return {
         name: Sums(
-            np.array([text[name].sum() for text in texts if name in text], np.float64),
-            np.array([len(text[name]) for text in texts if name in text]),
+            np.array([text[name][0] for text in texts if name in text], np.float64),
+            np.array([text[name][1] for text in texts if name in text], np.int64),
         )
         for name in texts[0]
     }

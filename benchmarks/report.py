@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy as np
 from compress.artifact import Metrics
 from compress.benchmarks.contest import SETTLE_SECONDS, Measured
 from compress.benchmarks.environment import warnings_of
+from compress.benchmarks.rounds import Round, resumed_after
 from compress.benchmarks.timing import ratio, summarise
 from compress.report.tables import Table, as_markdown
 
@@ -39,6 +40,15 @@ def assemble(
         "subjects": {name: _subject(one, folders[name]) for name, one in measured.items()},
         "ratios": {other: _ratios(measured[first], measured[other]) for other in others},
     }  # fmt: skip
+
+
+def with_history(found: Mapping[str, Any], seen: Sequence[Round]) -> dict[str, Any]:
+    """`found` with what is to be said of rounds that earlier processes measured, where there are any."""
+    if not (resumed := resumed_after(seen)):
+        return dict(found)
+    warnings = dict.fromkeys([*(warning for each in seen for warning in each.warnings), *found["warnings"]])
+    method = {**found["method"], "warm_up_rounds": 1 + len(resumed), "resumed_after_rounds": resumed}
+    return {**found, "warnings": list(warnings), "method": method}
 
 
 def metrics(found: Mapping[str, Any]) -> Metrics:
@@ -79,10 +89,16 @@ def footnote(found: Mapping[str, Any]) -> str:
     text = (
         f"{machine['cpu']}, {machine['threads']} thread(s) "
         f"{'pinned to' if machine['pinned'] else 'not pinned, meant for'} CPU {machine['cpus']}, {machine['runtime']}, "
-        f"{method['rounds']} rounds in rotating turns, one process a model. Ratios are medians over rounds with 95 % "
-        f"bootstrap intervals. Load average before: {f'{load[0]:.2f}' if load else 'unknown'}. {versions}."
+        f"{method['rounds']} rounds in rotating turns, one process a model{_resumed(method)}. Ratios are medians over "
+        f"rounds with 95 % bootstrap intervals. Load average before: {f'{load[0]:.2f}' if load else 'unknown'}. "
+        f"{versions}."
     )
     return "\n\n".join([text, *(f"**Warning:** {warning}." for warning in found["warnings"])])
+
+
+def _resumed(method: Mapping[str, Any]) -> str:
+    after = ", ".join(map(str, method.get("resumed_after_rounds", ())))
+    return f" (stopped after round {after}, and gone on with in new processes, warmed up again)" if after else ""
 
 
 def plot(found: Mapping[str, Any], file: Path) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from compress.errors import CompressError, InvalidInput
 from compress.stage import Progress, Reporter
+from compress.units import DONE
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -73,14 +74,14 @@ def reporting() -> Iterator[Reporter]:
 
 
 class _Lines(logging.Handler):
-    """Log records as lines. What ended the run is told once, by whoever ends the process."""
+    """Log records as lines. What ended the run is told once, by whoever ends the process; units are told by bars."""
 
     def __init__(self, console: Console) -> None:
         super().__init__(logging.INFO)
         self._console = console
 
     def emit(self, record: logging.LogRecord) -> None:
-        if not record.exc_info:
+        if not record.exc_info and record.msg != DONE:
             self._console.print(record.getMessage(), markup=False, soft_wrap=True)
 
 

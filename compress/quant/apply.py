@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -15,51 +15,39 @@ from compress.quant.calibrate import LayerWalk, Moments, Range, RoundingErrors
 from compress.quant.modules import set_weight, weight_of
 from compress.quant.options import QuantizeOptions
 from compress.quant.qtensor import QTensor
+from compress.quant.quantized import Quantized
 from compress.quant.ranges import InputRanges
 from compress.quant.rounding import quantize
 from compress.quant.scaling import Fold, Magnitudes, awq_factors, folds, smoothquant_factors, unfolded
 from compress.quant.schemes import W8_BLOCK32, Scheme
 from compress.quant.search import gptq, output_error, search_scales
 from compress.quant.targets import WeightTarget, layer_targets, table_targets
+from compress.units import UNKEPT, Units
 
 OUTLIER_ERROR = 0.0025
 """Rounding activations per tensor may change a projection's output by this, as a share of its mean square per token.
 Measured: benchmarks/results/quantisation_smollm2-135m.md."""
-
-
-@dataclass
-class Quantized:
-    """tensors: by weight name. errors: each one's mean square error, relative: of its output on the calibration text,
-    or of the weight itself where there was none. rounding: what rounding the activations alone does to a projection's
-    output, by weight name. spared: the projections that got block-wise weights for it. smoothing: the exponent that
-    scaled a projection's input, by weight name. unscaled: the paths of those whose input can't be scaled. latents:
-    float32 weights (N, K) before rounding and after scaling, by name, where they were to be kept.
-    """
-
-    tensors: dict[str, QTensor] = field(default_factory=dict)
-    errors: dict[str, float] = field(default_factory=dict)
-    rounding: dict[str, float] = field(default_factory=dict)
-    spared: list[str] = field(default_factory=list)
-    smoothing: dict[str, float] = field(default_factory=dict)
-    unscaled: list[str] = field(default_factory=list)
-    latents: dict[str, Tensor] = field(default_factory=dict)
+_FACTOR = "factor."
+"""What the names of kept factors begin with; the number of their fold in its layer follows."""
 
 
 def quantize_model(
     parts: Parts, options: QuantizeOptions, ids_BT: Tensor | None = None, advance: Callable[[], None] = lambda: None,
-    *, keep_latents: bool = False,
+    *, keep_latents: bool = False, units: Units = UNKEPT,
 ) -> Quantized:  # fmt: skip
     """Quantise every target of `parts.model`, which is left with the weights that the codes stand for.
 
     ids_BT: blocks of token ids, of one length; needed where `options.needs_text`. Each layer is fitted to what the
     float layers before it hand on: handing on what the quantised ones make takes a second pass and gains nothing that
     can be measured (benchmarks/results/int4-search_smollm2-135m.md). Peak memory beside the model: the text's hidden
-    states and one layer's moments. Raises CompressError for missing text and for activations that are not finite.
+    states and one layer's moments. units: layers and tables that they hold are not fitted again: the text only runs
+    through those layers, in float, to reach the next ones. Raises CompressError for missing text and for activations
+    that are not finite.
     """
     if ids_BT is None and options.needs_text:
         raise CompressError("quantize", f"{options.scheme} by these options is fitted on text", "give it text")
     walk = LayerWalk(parts, ids_BT) if ids_BT is not None and options.needs_text else None
-    work = _Work(parts, options, walk, keep_latents)
+    work = _Work(parts, options, walk, keep_latents, units.made_of(options.model_dump(mode="json")))
     for index in range(len(parts.layers)):
         work.layer(index)
         advance()
@@ -70,13 +58,29 @@ def quantize_model(
 class _Work:
     """One model on its way through `quantize_model`."""
 
-    def __init__(self, parts: Parts, options: QuantizeOptions, walk: LayerWalk | None, keep_latents: bool) -> None:
-        self.parts, self.options, self.walk, self.keep_latents = parts, options, walk, keep_latents
+    def __init__(
+        self, parts: Parts, options: QuantizeOptions, walk: LayerWalk | None, keep_latents: bool, units: Units
+    ) -> None:
+        self.parts, self.options, self.walk, self.keep_latents, self.units = parts, options, walk, keep_latents, units
+        self.factors: dict[str, Tensor] = {}  # folded into the layer at hand
         self.result = Quantized(unscaled=unfolded(parts) if options.scaling != "none" else [])
 
     def layer(self, index: int) -> None:
-        """Quantise the projections of the next layer."""
-        targets = list(layer_targets(self.parts, index, self.options.choice))
+        """Quantise the projections of the next layer, or put them back."""
+        targets, name = list(layer_targets(self.parts, index, self.options.choice)), f"layer {index}"
+        if (unit := self.units.find(name)) is None:
+            self.factors = {}
+            self._layer(index, targets)
+            self.units.keep(name, self.result.unit(targets, self.factors))
+            return
+        for number, fold in enumerate(folds(self.parts, index)):
+            if (factor_K := unit.tensors.get(f"{_FACTOR}{number}")) is not None:
+                fold.apply(factor_K)
+        if self.walk is not None:
+            self.walk.step(index)
+        self.result.take(unit, targets, keep_latents=self.keep_latents)
+
+    def _layer(self, index: int, targets: Sequence[WeightTarget]) -> None:
         if self.walk is None:
             for target in targets:
                 self._fit([target], None, None)
@@ -98,17 +102,24 @@ class _Work:
                 self._fit(members, moments[group[0]], ranges.get(members[0].module))
 
     def tables(self) -> None:
-        """Quantise the embedding and the output head."""
+        """Quantise the embedding and the output head, or put them back."""
         for target in table_targets(self.parts, self.options.choice):
-            if self.walk is None or not _feeds_head(self.parts, target):
-                self._fit([target], None, None)
+            if (unit := self.units.find(target.name)) is not None:
+                self.result.take(unit, [target], keep_latents=self.keep_latents)
                 continue
-            moments, ranges = Moments(), InputRanges(self.options.ranges)
-            norm, probe = cast(nn.Module, self.parts.backbone_module(self.parts.family.final_norm)), nn.Identity()
-            with torch.no_grad(), moments.watching([probe]), ranges.watching([probe] if target.scheme.static else []):
-                for hidden_BTD in self.walk.hidden:
-                    probe(norm(hidden_BTD))
-            self._fit([target], moments[probe], ranges[probe] if target.scheme.static else None)
+            self._table(target)
+            self.units.keep(target.name, self.result.unit([target], {}))
+
+    def _table(self, target: WeightTarget) -> None:
+        if self.walk is None or not _feeds_head(self.parts, target):
+            self._fit([target], None, None)
+            return
+        moments, ranges = Moments(), InputRanges(self.options.ranges)
+        norm, probe = cast(nn.Module, self.parts.backbone_module(self.parts.family.final_norm)), nn.Identity()
+        with torch.no_grad(), moments.watching([probe]), ranges.watching([probe] if target.scheme.static else []):
+            for hidden_BTD in self.walk.hidden:
+                probe(norm(hidden_BTD))
+        self._fit([target], moments[probe], ranges[probe] if target.scheme.static else None)
 
     def _scale(self, walk: LayerWalk, index: int, modules: dict[nn.Module, WeightTarget]) -> None:
         """Fold factors of input channels into the layer."""
@@ -116,12 +127,13 @@ class _Work:
         awq = self.options.scaling == "awq"
         with magnitudes.watching(list(modules)), moments.watching(list(modules) if awq else []):
             walk.look(index)
-        for fold in folds(self.parts, index):
+        for number, fold in enumerate(folds(self.parts, index)):
             readers = [modules[reader] for reader in fold.readers if reader in modules]
             if any(target.scheme.blockwise == awq for target in readers):
-                self._fold(fold, readers, magnitudes, moments)
+                self.factors[f"{_FACTOR}{number}"] = self._fold(fold, readers, magnitudes, moments)
 
-    def _fold(self, fold: Fold, readers: list[WeightTarget], magnitudes: Magnitudes, moments: Moments) -> None:
+    def _fold(self, fold: Fold, readers: list[WeightTarget], magnitudes: Magnitudes, moments: Moments) -> Tensor:
+        """The factors (K,) that were folded in."""
         first, weights = readers[0].module, [weight_of(target.module) for target in readers]
         if self.options.scaling == "awq":
             mean_K = fold.tied(magnitudes.mean(first), "mean")
@@ -131,6 +143,7 @@ class _Work:
             factor_K = fold.tied(smoothquant_factors(largest_K, weights, alpha), "amax")
         fold.apply(factor_K)
         self.result.smoothing |= {target.name: alpha for target in readers}
+        return factor_K
 
     def _ranges(self, walk: LayerWalk, index: int, modules: list[nn.Module]) -> dict[nn.Module, Range]:
         if not modules:

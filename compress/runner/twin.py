@@ -21,6 +21,7 @@ from compress.runner.journal import Journal, blank_record
 from compress.runner.plan import make_plan
 from compress.runner.prepare import Prepared, before_any_stage
 from compress.stage import Reporter
+from compress.units import DONE
 
 NUM_LAYERS = 4
 """Of the twin: enough that pruning has something to leave out twice."""
@@ -31,6 +32,7 @@ WIDTH_STEP = 32
 """Of the twin's widths: the block of the quantised formats, so that whole blocks stay whole."""
 _log = logging.getLogger(__name__)
 _log.addFilter(lambda record: record.levelno != logging.WARNING)  # a random model's figures are nothing to warn of
+_log.addFilter(lambda record: record.msg != DONE)  # and it is done again each time
 
 
 @before_any_stage()

@@ -6,7 +6,6 @@ likeliest ones, which make sense of it, and all others are drawn from what the t
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -26,6 +25,7 @@ from compress.stage import Reporter, StageContext
 from compress.train.options import Precision, StepOptions
 from compress.train.precision import uses_bf16
 from compress.train.teacher import load_teacher
+from compress.units import Unit, Units
 
 Ids = NDArray[np.int64]
 _LIKELIEST = (3, 5)
@@ -147,17 +147,18 @@ def generate_blocks(author: Author, num_blocks: int, length: int, seed: int, wor
     for fewer blocks gets the first of the other's. The same seed and calls give the same tokens on the same machine.
     Raises StageFailed where the teacher has no head.
     """
-    folder = work / "generated" / str(length)
-    folder.mkdir(parents=True, exist_ok=True)
+    units = Units(f"text of {length} tokens", work / "generated" / str(length), of=seed, log=reporter.log)
     most = max(1, min(_CHUNK_DOCUMENTS, _CHUNK_TOKENS // length))
     blocks: list[Ids] = []
     rest_T, num_chunks = np.empty(0, np.int64), 0
     with reporter.progress("writing text", num_blocks) as advance:
         while len(blocks) < num_blocks:
-            file, missing = folder / f"{num_chunks}.npy", num_blocks - len(blocks)
-            if not file.exists():
-                _keep(file, author.write(min(most, missing), length, np.random.default_rng([seed, num_chunks])))
-            more, rest_T = packed(np.load(file), rest_T)
+            name, missing = f"chunk {num_chunks}", num_blocks - len(blocks)
+            if (unit := units.find(name)) is None:
+                ids_BT = author.write(min(most, missing), length, np.random.default_rng([seed, num_chunks]))
+                unit = Unit(tensors={"ids": torch.from_numpy(ids_BT)})
+                units.keep(name, unit)
+            more, rest_T = packed(unit.tensors["ids"].numpy(), rest_T)
             blocks += more
             num_chunks += 1
             advance(min(len(more), missing))
@@ -186,10 +187,3 @@ def _to_write(teacher: Path, bits: int | None, precision: Precision) -> PreTrain
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         cast(nn.Module, model).to(device, torch.bfloat16 if uses_bf16(precision) else torch.float32)
     return model
-
-
-def _keep(file: Path, ids_BT: Ids) -> None:
-    """Write `file` whole or, where that is interrupted, not at all."""
-    unfinished = file.with_suffix(".part.npy")
-    np.save(unfinished, ids_BT)
-    os.replace(unfinished, file)

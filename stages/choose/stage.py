@@ -17,6 +17,7 @@ from compress.registry import stage_class
 from compress.stage import INPUT, Ref, Stage, StageContext
 from compress.stages.choose.budget import Budget
 from compress.stages.choose.options import FLOAT, ChooseOptions, Way, Weights
+from compress.units import Units
 
 QUALITY = " quality"
 """What the role of a candidate's evaluation ends with; it begins with the candidate's name."""
@@ -92,6 +93,7 @@ class ChooseFormat(ChooseOptions, Stage):
             {name: inputs[name].path for name in verdicts}, self._latency.workloads(),
             TimeBudget(self.repeats, self.max_seconds),
             threads=context.target.threads, reporter=context.reporter,
+            units=Units("choose-format", context.work / "rounds", log=context.reporter.log),
         )  # fmt: skip
         times = report.metrics(found)
         candidates = []

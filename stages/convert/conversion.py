@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -15,7 +15,6 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from compress.artifact import write_json
 from compress.errors import StageFailed
 from compress.mixers.spec import FULL
 from compress.models.anatomy import shape_of
@@ -27,17 +26,16 @@ from compress.stages.convert.init import forget_attention, new_mixers, new_param
 from compress.stages.convert.layers import candidates, kinds, to_convert
 from compress.stages.convert.stage import TEACHER, ConvertAttention, HybridTraining
 from compress.train.align import Aligned, align
-from compress.train.distributed import is_follower
 from compress.train.engine import Ids, Outcome, place, recover, training_ids
 from compress.train.generated import train_blocks
 from compress.train.options import AlignOptions
 from compress.train.precision import uses_bf16
 from compress.train.teacher import check_same_vocabulary, fitting_loss, layer_map, load_teacher
+from compress.units import Units
 
 _NUM_BATCH_TOKENS = 1024
 DISTILL = "distill"
 """The folder of the end-to-end training inside `work`."""
-_SCORES = "scores.json"
 
 
 @dataclass(frozen=True)
@@ -137,38 +135,39 @@ def _choose(
     job: Job, source: PreTrainedModel, shown: PreTrainedModel, teacher: PreTrainedModel,
     mixers: Mapping[int, nn.Module], reporter: Reporter,
 ) -> Choice:  # fmt: skip
-    """The layers with the best scores; those of a killed run are not measured again."""
-    options, file = job.options, job.work / _SCORES
-    known = {int(index): score for index, score in json.loads(file.read_text("utf-8")).items()} if file.exists() else {}
+    """The layers with the best scores; what a killed run measured is not measured again."""
+    options, units = job.options, Units("convert-attention", job.work / "scores", log=reporter.log)
     shape = Parts(source).shape
     number = to_convert(shape, options.to, options.keep, options.convert)
     assert isinstance(number, int)
     if options.select == "kl":
         training = _short_training(options)
         reporter.log.warning("select: kl trains %d times on %d tokens", len(mixers), options.kl_tokens)
+
+        def loss_with(index: int) -> float:
+            others = [other for other in mixers if other != index]
+            student = with_mixers(source, mixers, others, options.mixer(shape), options.sliding_window)
+            ids, work = (job.align_NT, job.held_NT), job.work / f"restore-{index}"
+            outcome = _train(student, teacher, ids, training, work, job.seed, reporter)
+            return [entry["eval_loss"] for entry in outcome.log if "eval_loss" in entry][-1]
+
+        losses = {}
         for index in mixers:
-            if index not in known:
-                others = [other for other in mixers if other != index]
-                student = with_mixers(source, mixers, others, options.mixer(shape), options.sliding_window)
-                work = job.work / f"restore-{index}"
-                outcome = _train(student, teacher, (job.align_NT, job.held_NT), training, work, job.seed, reporter)
-                known[index] = [entry["eval_loss"] for entry in outcome.log if "eval_loss" in entry][-1]
-                _remember(file, known)
-                shutil.rmtree(work, ignore_errors=True)
-        return best_restored(known, number, job.held_NT.size)
-    if not known:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        place(shown, device)
-        held_NT = torch.from_numpy(job.held_NT).to(device)
-        batches = torch.split(held_NT, max(1, _NUM_BATCH_TOKENS // held_NT.shape[1]))
-        bf16 = uses_bf16(next((each.precision for each in options.trainings.values()), "auto"))
-        with (
-            reporter.progress("choosing layers", len(batches) * len(mixers)) as advance,
-            torch.autocast(device.type, torch.bfloat16, enabled=bf16),
-        ):
-            known = proxy_scores(Parts(shown), {i: mixer.to(device) for i, mixer in mixers.items()}, batches, advance)
-        _remember(file, known)
-    return least_moved(known, number, job.held_NT.size, has_logits=bool(Parts(shown).prefix))
+            losses[index] = units.once(f"layer {index}", partial(loss_with, index))
+            shutil.rmtree(job.work / f"restore-{index}", ignore_errors=True)
+        return best_restored(losses, number, job.held_NT.size)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    place(shown, device)
+    held_NT = torch.from_numpy(job.held_NT).to(device)
+    batches = torch.split(held_NT, max(1, _NUM_BATCH_TOKENS // held_NT.shape[1]))
+    bf16 = uses_bf16(next((each.precision for each in options.trainings.values()), "auto"))
+    there = {index: mixer.to(device) for index, mixer in mixers.items()}
+    with (
+        reporter.progress("choosing layers", len(batches) * len(mixers)) as advance,
+        torch.autocast(device.type, torch.bfloat16, enabled=bf16),
+    ):
+        scores = proxy_scores(Parts(shown), there, batches, advance, units)
+    return least_moved(scores, number, job.held_NT.size, has_logits=bool(Parts(shown).prefix))
 
 
 def _train(
@@ -188,11 +187,6 @@ def _short_training(options: ConvertAttention) -> HybridTraining:
     changes = {"tokens": options.kl_tokens, "sequence_length": options.block_length, "early_stopping_patience": None}
     short = training.model_copy(update=changes)
     return short.model_copy(update={"eval_steps": short.num_steps})
-
-
-def _remember(file: Path, scores: Mapping[int, float]) -> None:
-    if not is_follower():
-        write_json(file, {str(index): score for index, score in scores.items()})
 
 
 def _fitting(teacher: PreTrainedModel, source: PreTrainedModel) -> PreTrainedModel:

@@ -129,6 +129,7 @@ class PruneLayers(Stage):
 
     def _choose(self, parts: Parts, context: StageContext) -> Choice:
         from compress.stages.prune import scores
+        from compress.units import Units
 
         option, asked = self._asked
         total = len(parts.layers)
@@ -141,8 +142,9 @@ class PruneLayers(Stage):
             return scores.Choice(scores.at_random(total, num_dropped, context.seed))
         batches = scores.batches_of(self._blocks(context))
         rounds = num_dropped if self.by == "leave-one-out" else 1
+        units = Units("prune-layers", context.work / "scores", log=context.reporter.log)
         with context.reporter.progress("scoring layers", rounds * len(batches)) as advance:
-            return scores.choose(self.by, parts, batches, num_dropped, advance)
+            return scores.choose(self.by, parts, batches, num_dropped, advance, units)
 
     def _blocks(self, context: StageContext) -> Tensor:
         """The calibration text as token ids (N, sequence_length)."""

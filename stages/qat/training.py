@@ -27,6 +27,7 @@ from compress.train.distributed import num_processes
 from compress.train.engine import Ids, Outcome, recover
 from compress.train.taught import answering_layers
 from compress.train.teacher import fitting_loss, load_teacher
+from compress.units import Units
 
 _START = "start"
 """The folder, beside a training's checkpoints, of the quantised model and the float weights that it starts from."""
@@ -104,7 +105,7 @@ def _start(
 ) -> tuple[dict[str, QTensor], dict[str, Tensor]]:
     """Codes and scales to start from and the float weights that they stand for; the rest is in `model` then.
 
-    They are kept in `folder`: a killed training does not quantise again.
+    They are kept in `folder`: a killed training does not quantise again, nor a killed quantisation a finished layer.
     """
     with _first_process_first():
         if not folder.is_dir():
@@ -119,8 +120,9 @@ def _start(
 def _quantise(model: PreTrainedModel, job: Job, options: QuantizeOptions, folder: Path, reporter: Reporter) -> None:
     ids = None if job.calibration_NT is None else torch.from_numpy(job.calibration_NT)
     parts = Parts(model)
+    units = Units(f"qat {options.scheme}", folder.with_name("layers"), log=reporter.log)
     with reporter.progress("quantising layers", len(parts.layers)) as advance:
-        found = quantize_model(parts, options, ids, advance, keep_latents=True)
+        found = quantize_model(parts, options, ids, advance, keep_latents=True, units=units)
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

@@ -17,7 +17,7 @@ from compress.stage import Stage, StageContext
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from compress.quant.apply import Quantized
+    from compress.quant.quantized import Quantized
 
 
 class Quantize(QuantizeOptions, Stage):
@@ -76,12 +76,14 @@ class Quantize(QuantizeOptions, Stage):
         from compress.quant.apply import quantize_model
         from compress.quant.store import save_quantized
         from compress.stages.quantize.plot import plot_errors
+        from compress.units import Units
 
         model = load_model(context.input.path)
         parts = Parts(model)
         ids_BT = self._text(context)
+        units = Units("quantize", context.work / "layers", log=context.reporter.log)
         with context.reporter.progress("fitting layers", len(parts.layers)) as advance:
-            found = quantize_model(parts, self, ids_BT, advance)
+            found = quantize_model(parts, self, ids_BT, advance, units=units)
         save_quantized(model, found.tensors, self.base, context.input.path, context.out)
         write_json(context.out / "errors.json", {
             "options": self.model_dump(mode="json"), "errors": found.errors, "rounding": found.rounding,

@@ -8,11 +8,15 @@ from pathlib import Path
 from typing import Any, Self
 
 import pytest
+from killing import killed
 
-from compress.benchmarks import contest
-from compress.benchmarks.contest import Budget, Contestant, Worker, Workload, hold, rotated, rounds
+from compress.benchmarks import contest, report
+from compress.benchmarks.contest import Budget, Contestant, Worker, Workload, hold, play
 from compress.benchmarks.environment import pick_cpus, warnings_of
+from compress.benchmarks.rounds import Round, gathered, resumed_after, rotated, rounds
 from compress.errors import StageFailed
+from compress.stage import Reporter
+from compress.units import Units
 
 
 def silent(steps: int = 1, note: str = "") -> None:
@@ -104,6 +108,42 @@ def test_models_take_turns_in_a_rotating_order(tmp_path: Path, monkeypatch: pyte
     assert order == "ABCBCACABABC"
     assert [tokens for _, tokens in asked[:6]] == [8, 8, 8, 16, 16, 16], "a round's turns at one workload are adjacent"
     assert len(measured["A"].samples["ttft_ms@8"]) == 3, "the warm-up counts for nothing"
+
+
+def test_a_race_goes_on_round_by_round(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, int]] = []
+    monkeypatch.setattr(contest, "Worker", type("Fake", (FakeWorker,), {"asked": asked, "computing": []}))
+    monkeypatch.setattr(contest, "SETTLE_SECONDS", 0)
+    contestants = {name: Contestant(tmp_path) for name in "ABC"}
+    told: list[str] = []
+
+    def race(reporter: Reporter) -> list[Round]:
+        asked.append(("|", 8))
+        told.append(f"process {len(told)}")
+        return play(contestants, [Workload(8, 1, 1)], Budget(4, 60), threads=1, cpus=[0], vocab_size=9, advance=silent,
+                    units=Units("latency", tmp_path / "rounds", log=reporter.log), warnings=told[-1:])  # fmt: skip
+
+    seen, lines = killed(race, 2, 1)
+    assert lines == [f"done: latency round {number}" for number in range(1, 5)]
+    assert "".join(name for name, _ in asked) == "|ABCBCACAB|ABCABC|ABCBCA", "each process warms up, the turns go on"
+    assert [each.process for each in seen] == [0, 0, 1, 2]
+    assert gathered(seen)["B"].samples == {"ttft_ms@8": [[1.0]] * 4}
+    assert resumed_after(seen) == [2, 3]
+    assert race(Reporter()) == seen
+    assert asked[-1] == ("|", 8), "nothing is left to measure, and no model is loaded for it"
+    found = report.with_history({"method": {"warm_up_rounds": 1}, "warnings": ["process 2", "now"]}, seen)
+    assert found["method"] == {"warm_up_rounds": 3, "resumed_after_rounds": [2, 3]}
+    assert found["warnings"] == ["process 0", "process 1", "process 2", "now"]
+    assert report.with_history({"method": {}, "warnings": []}, seen[:2]) == {"method": {}, "warnings": []}
+
+
+def test_rounds_of_other_processes_count_for_the_budget() -> None:
+    ticks = iter(range(100))
+    assert list(rounds(Budget(10, 16), lambda: next(ticks), [5, 5])) == [0, 3, 4, 5, 6]
+    assert not Budget(10, 20).is_spent([8, 8]), "three are the least"
+    assert Budget(10, 20).is_spent([6, 6, 6])
+    assert not Budget(10, 20).is_spent([5, 5, 5])
+    assert Budget(3, 1e9).is_spent([1, 1, 1])
 
 
 def test_rounds_stop_at_the_budget_but_not_before_three() -> None:

@@ -11,12 +11,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from killing import killed
 
 from compress.artifact import Artifact, finish
 from compress.benchmarks.evaluate import Evaluate
 from compress.errors import StageFailed
 from compress.models.anatomy import shape_of
-from compress.stage import StageContext, Target
+from compress.stage import Reporter, StageContext, Target
 from pico import make_pico
 
 LENGTH, BLOCKS = 32, 6
@@ -40,13 +41,15 @@ def artifact(folder: Path) -> Artifact:
     return finish(folder, format="torch", stage="test", key=folder.name, lineage=(), metrics={})
 
 
-def evaluate(tmp_path: Path, subject: Path, source: Path, **options: Any) -> tuple[dict[str, Any], Path]:
+def evaluate(
+    tmp_path: Path, subject: Path, source: Path, reporter: Reporter | None = None, **options: Any
+) -> tuple[dict[str, Any], Path]:
     out = tmp_path / "out"
     out.mkdir()
     stage = Evaluate(sequence_length=LENGTH, tokens=LENGTH * BLOCKS, **options)
     inputs = {"input": artifact(subject), "source": artifact(source)}
     data: Any = FixedText()
-    context = StageContext(out, tmp_path, inputs, data, seed=0, target=Target(threads=1))
+    context = StageContext(out, tmp_path, inputs, data, seed=0, target=Target(threads=1), reporter=reporter or Reporter())
     return dict(stage.run(context)), out
 
 
@@ -122,6 +125,24 @@ def test_blocks_are_written_so_that_later_comparisons_can_be_paired(tmp_path: Pa
     assert math.exp(sum(blocks["nll"]) / sum(blocks["num_predictions"])) == pytest.approx(
         metrics["result"]["perplexity"]
     )
+
+
+def test_an_evaluation_goes_on_block_by_block(tmp_path: Path, pico: Callable[[str], Path], other: Path) -> None:
+    recall = {"contexts": [128], "mqar_pairs": 2, "samples": 2}
+    (tmp_path / "undisturbed").mkdir()
+    expected, out = evaluate(tmp_path / "undisturbed", other, pico("llama"), recall=recall)
+
+    def again(reporter: Reporter) -> dict[str, Any]:
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        return evaluate(tmp_path, other, pico("llama"), reporter, recall=recall)[0]
+
+    metrics, lines = killed(again, 2, 3, 2)
+    assert lines == [
+        *(f"done: evaluate block {number}" for number in range(BLOCKS)), "done: evaluate recall text 0",
+        "done: evaluate recall text 1",
+    ]  # fmt: skip
+    assert metrics == expected
+    assert (tmp_path / "out/evaluation.json").read_bytes() == (out / "evaluation.json").read_bytes()
 
 
 def test_another_tokenizer_is_refused(tmp_path: Path, source: Path, other: Path) -> None:

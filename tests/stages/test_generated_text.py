@@ -57,7 +57,7 @@ def test_a_student_learns_from_text_that_its_teacher_wrote(models, tmp_path, mon
     monkeypatch.setattr(TextData, "blocks", no_train)
     metrics = launched.distil(tmp_path, models, **GENERATED)
     assert metrics["result"]["kl_to_teacher"] < metrics["input"]["kl_to_teacher"]
-    assert list((tmp_path / "work" / "generated" / "16").glob("*.npy")), "which a killed run would find there"
+    assert list((tmp_path / "work" / "generated" / "16").glob("*.safetensors")), "which a killed run would find there"
 
 
 @pytest.mark.parametrize("cls", [Distill, Qat])

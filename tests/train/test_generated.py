@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -121,20 +122,20 @@ def test_fewer_blocks_are_the_first_of_more_and_are_not_written_again(llama, tmp
 def test_a_killed_generation_goes_on(llama, tmp_path, monkeypatch):
     monkeypatch.setattr(generated, "_CHUNK_DOCUMENTS", 4)
     undisturbed = generate_blocks(llama, 8, LENGTH, 0, tmp_path / "undisturbed", Reporter())
-    work, save, num_saved = tmp_path / "killed", np.save, 0
+    work, write, num_written = tmp_path / "killed", Author.write, 0
 
-    def save_and_be_killed(file: Path, ids_BT: np.ndarray) -> None:
-        nonlocal num_saved
-        num_saved += 1
-        save(file, ids_BT)
-        if num_saved == 2:
+    def write_and_be_killed(author: Author, *rest: Any) -> Any:
+        nonlocal num_written
+        num_written += 1
+        if num_written == 2:
             raise KeyboardInterrupt
+        return write(author, *rest)
 
-    monkeypatch.setattr(np, "save", save_and_be_killed)
+    monkeypatch.setattr(Author, "write", write_and_be_killed)
     with pytest.raises(KeyboardInterrupt):
         generate_blocks(llama, 8, LENGTH, 0, work, Reporter())
     assert (generate_blocks(llama, 8, LENGTH, 0, work, Reporter()) == undisturbed).all()
-    assert num_saved == 1 + len(list((tmp_path / "undisturbed").rglob("*.npy"))), "only what was cut off came twice"
+    assert num_written == 1 + len(list((tmp_path / "undisturbed").rglob("*.json"))), "only what was cut off came twice"
 
 
 def test_a_backbone_without_a_head_is_refused(tmp_path):

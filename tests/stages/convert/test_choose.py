@@ -26,6 +26,7 @@ from compress.stages.convert.init import new_mixers, with_mixers
 from compress.stages.convert.layers import at_random, evenly
 from compress.stages.convert.stage import ConvertAttention
 from compress.train.losses import forward_kl
+from compress.units import Unit, Units
 from pico import make_pico
 
 Pico = Callable[[str], Path]
@@ -93,7 +94,9 @@ def test_a_layer_that_matters_keeps_its_softmax(tmp_path: Path) -> None:
 def test_scores_of_a_killed_run_are_not_measured_again(pico: Pico, tmp_path: Path, monkeypatch: Any) -> None:
     options = {**BASE, "keep": 1, "select": "kl", "align": None, "select_tokens": 512, "kl_tokens": 512}
     job = conversion.prepare(ConvertAttention.model_validate(options), context(tmp_path, pico("llama")))
-    (tmp_path / "work" / "scores.json").write_text(json.dumps({"0": 0.1, "1": 0.4, "3": 0.5}))
+    kept = Units("convert-attention", tmp_path / "work" / "scores")
+    for index, loss in {0: 0.1, 1: 0.4, 3: 0.5}.items():
+        kept.keep(f"layer {index}", Unit(loss))
     trained = []
 
     class Trained:
@@ -111,7 +114,7 @@ def test_scores_of_a_killed_run_are_not_measured_again(pico: Pico, tmp_path: Pat
     made = conversion.convert(job, Reporter())
     assert trained == ["restore-2"]
     assert made.choice.converted == [1, 2, 3]
-    assert json.loads((tmp_path / "work" / "scores.json").read_text()) == {"0": 0.1, "1": 0.4, "2": 0.2, "3": 0.5}
+    assert kept.find("layer 2") == Unit(0.2)
 
 
 def test_controls_measure_nothing_and_follow_the_seed(pico: Pico, tmp_path: Path) -> None:
