@@ -16,6 +16,8 @@ from compress.cli.main import quiet_libraries
 
 quiet_libraries()
 
+from wheels import build_wheel  # noqa: E402
+
 from pico import make_pico  # noqa: E402 (what it imports reads the environment)
 
 
@@ -38,3 +40,9 @@ def pico(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         return folders[model_type]
 
     return folder
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel of this checkout."""
+    return build_wheel(tmp_path_factory.mktemp("copy"), tmp_path_factory.mktemp("wheel"))

@@ -3,34 +3,18 @@
 from __future__ import annotations
 
 import re
-import shutil
-import subprocess
-import sys
 import zipfile
 from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
+from wheels import ROOMS
 
 ROOT = Path(__file__).parents[1]
-ROOMS = {
-    "compress": "compress",
-    "compress/stages": "stages",
-    "compress/exports": "exports",
-    "compress/benchmarks": "benchmarks",
-}
 
 
 @pytest.fixture(scope="module")
-def wheel_names(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
-    copy, out = tmp_path_factory.mktemp("copy"), tmp_path_factory.mktemp("wheel")  # no stale build/lib
-    for room in ROOMS.values():
-        shutil.copytree(ROOT / room, copy / room, ignore=shutil.ignore_patterns("__pycache__"))
-    for file in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / file, copy)
-    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(copy)]
-    subprocess.run(command, check=True, capture_output=True, text=True)
-    (wheel,) = out.glob("*.whl")
+def wheel_names(wheel: Path) -> set[str]:
     assert wheel.name.startswith("compress_pipeline-")
     return set(zipfile.ZipFile(wheel).namelist())
 

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from compress.cli.screen import print_notes
 from compress.errors import ExitCode, InvalidInput
 
 
@@ -26,8 +27,7 @@ def check(
     from compress.pipeline.check import check_file
 
     found = check_file(pipeline)
-    for note in found.notes:
-        typer.echo(f"note: {note}", err=True)
+    print_notes(found.notes)
     if as_json:
         typer.echo(json.dumps(found.to_json(), indent=1))
         raise typer.Exit(ExitCode.INVALID_INPUT if found.problems else ExitCode.DONE)

@@ -6,10 +6,10 @@ import contextlib
 import json
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from compress.errors import CompressError, InvalidInput
+from compress.errors import CompressError, InvalidInput, Problem
 from compress.stage import Progress, Reporter
 from compress.units import DONE
 
@@ -52,9 +52,13 @@ def print_line(text: str, style: str | None = None) -> None:
 
 def print_problem(error: CompressError) -> None:
     """What went wrong, on stderr, a line for each problem."""
-    problems = error.problems if isinstance(error, InvalidInput) else (error.problem,)
+    print_notes(error.problems if isinstance(error, InvalidInput) else (error.problem,), "error")
+
+
+def print_notes(problems: Iterable[Problem], word: str = "note") -> None:
+    """What is worth knowing, on stderr, a line each. word: what the lines begin with."""
     for problem in problems:
-        print(f"error: {problem}", file=sys.stderr)
+        print(f"{word}: {problem}", file=sys.stderr)
 
 
 @contextlib.contextmanager

@@ -38,6 +38,7 @@ def blank_record(pipeline: Pipeline, plan: Plan) -> RunRecord:
     """What is known of a run before anything is computed."""
     return RunRecord(
         name=pipeline.name,
+        file=str(pipeline.path.resolve()),
         state=State.RUNNING,
         started=datetime.now(UTC).isoformat(timespec="seconds"),
         seed=pipeline.seed,

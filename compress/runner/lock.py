@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from compress.errors import InvalidInput
 
 LOCK = ".lock"
+_TRIES, _PAUSE_SECONDS = 5, 0.05
+"""Who only looks whether a run is in progress holds the lock for a moment."""
 
 
 @contextlib.contextmanager
@@ -28,7 +31,7 @@ def locked(run_dir: Path) -> Iterator[None]:
         ) from error
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _take(descriptor)
         except BlockingIOError:
             holder = os.pread(descriptor, 32, 0).decode() or "unknown"
             raise InvalidInput(
@@ -48,9 +51,20 @@ def is_locked(run_dir: Path) -> bool:
     except OSError:
         return False
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
     finally:
         os.close(descriptor)
     return False
+
+
+def _take(descriptor: int) -> None:
+    """Lock the file for this process alone. Raises BlockingIOError where another one keeps it."""
+    for left in reversed(range(_TRIES)):
+        try:
+            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if not left:
+                raise
+            time.sleep(_PAUSE_SECONDS)

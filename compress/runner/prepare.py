@@ -19,7 +19,13 @@ from compress.models.sources import Source, parse_source, source_artifact
 from compress.pipeline.file import Pipeline
 from compress.pipeline.graph import Graph, resolve
 from compress.runner.plan import Plan, make_plan
+from compress.runner.record import PIPELINE, load_record
 from compress.stage import Reporter
+
+_SHARED = (
+    "warning: %s and %s are both named %r and share %s: a run of one replaces the record and the report of the other, "
+    "and `compress gc` lists what only the other uses; what is finished stays till then. Give one another name"
+)
 
 
 @dataclass(frozen=True)
@@ -58,7 +64,12 @@ def before_any_stage() -> Iterator[None]:
 
 @before_any_stage()
 def prepare(pipeline: Pipeline, run_dir: Path, reporter: Reporter) -> Prepared:
-    """Resolve and plan `pipeline`. Raises InvalidInput for a model, data or options that do not go together."""
+    """Resolve and plan `pipeline`. Raises InvalidInput for a model, data or options that do not go together.
+
+    Warns where the run in `run_dir` is another file's.
+    """
+    if other := _other_file(pipeline, run_dir):
+        reporter.log.warning(_SHARED, pipeline.path, other, pipeline.name, run_dir)
     source = parse_source(pipeline.model, "model")
     config = source.config()
     if config is None:
@@ -71,3 +82,18 @@ def prepare(pipeline: Pipeline, run_dir: Path, reporter: Reporter) -> Prepared:
         graph, source_key=source.key(), data=data, seed=pipeline.seed, target=pipeline.target, run_dir=run_dir
     )
     return Prepared(pipeline, source, data, graph, shape, plan, reporter)
+
+
+def _other_file(pipeline: Pipeline, run_dir: Path) -> str | None:
+    """The pipeline file that the run in `run_dir` is of, where that is another one.
+
+    A file that was moved is not, nor is a copy: the text is the same, or the old place empty.
+    """
+    try:
+        last = load_record(run_dir).file
+    except InvalidInput:
+        return None
+    if last is None or last == str(pipeline.path.resolve()) or not Path(last).is_file():
+        return None
+    copy = run_dir / PIPELINE
+    return None if copy.is_file() and copy.read_bytes() == pipeline.text.encode() else last

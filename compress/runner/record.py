@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from compress.artifact import write_json
 from compress.errors import InvalidInput
 
-RECORD = "run.json"
+RECORD, PIPELINE = "run.json", "pipeline.yaml"
 
 
 class State(StrEnum):
@@ -68,9 +68,13 @@ class VerdictRecord(_Record):
 
 
 class RunRecord(_Record):
-    """One run: what, where and when it ran, its stages and verdicts. `twin` marks the plan whose dry run passed."""
+    """One run: what, where and when it ran, its stages and verdicts.
+
+    file: the pipeline file's absolute path; None in records older than this. twin: the plan whose dry run passed.
+    """
 
     name: str
+    file: str | None = None
     state: State
     started: str
     seconds: float = 0.0

@@ -19,12 +19,10 @@ from compress.runner.lock import locked
 from compress.runner.logs import logged, terminable
 from compress.runner.plan import Plan, Step
 from compress.runner.prepare import Prepared, before_any_stage, prepare
-from compress.runner.record import RunRecord, State, VerdictRecord, load_record
+from compress.runner.record import PIPELINE, RunRecord, State, VerdictRecord, load_record
 from compress.runner.twin import try_twin
 from compress.runner.weights import own_figures
 from compress.stage import SOURCE, Reporter
-
-PIPELINE = "pipeline.yaml"
 
 
 def run_pipeline(
@@ -42,7 +40,7 @@ def run_pipeline(
         prepared = prepare(pipeline, run_dir, reporter)
         again = prepared.plan.from_step(from_stage) if from_stage else ()
         _check_means(prepared, again)
-        (run_dir / PIPELINE).write_text(pipeline.text, "utf-8")
+        (run_dir / PIPELINE).write_bytes(pipeline.text.encode())
         earlier = _earlier(run_dir)
         journal = Journal(run_dir, first_record(prepared, earlier))
         try:
