@@ -11,7 +11,7 @@ from compress.artifact import Format, Metrics, write_json
 from compress.benchmarks.recall import Recall
 from compress.errors import Problem
 from compress.models.anatomy import ModelShape
-from compress.stage import SOURCE, Ref, Stage, StageContext
+from compress.stage import SOURCE, Given, Ref, Stage, StageContext
 
 FIGURES = ("perplexity", "perplexity_ratio", "kl", "top1_agreement", "cosine")
 
@@ -27,6 +27,7 @@ class Evaluate(Stage):
     accepts: ClassVar[frozenset[Format]] = frozenset({"torch", "quantized", "onnx"})
     returns: ClassVar[Format] = "measurement"
     splits: ClassVar[frozenset[Literal["train", "eval"]]] = frozenset({"eval"})
+    reads_target: ClassVar[bool] = True
 
     tokens: int = Field(8192, ge=8, description="tokens of the eval split that are read")
     sequence_length: int = Field(256, ge=4, description="tokens in one block; each block is read on its own")
@@ -36,6 +37,14 @@ class Evaluate(Stage):
 
     def inputs(self) -> Mapping[str, Ref]:
         return {self.against: Ref(self.against)}
+
+    def computes_with(self, given: Given) -> frozenset[str]:
+        """What runs the two models; transformers tokenises for both."""
+        runs = {"onnxruntime" if format == "onnx" else "torch" for format in given.formats.values()}
+        return frozenset({"transformers"} | runs)
+
+    def depends_on_cpu(self, given: Given) -> bool:
+        return any(given.formats[role] == "onnx" for role in given.rounding)
 
     def check(self, model: ModelShape) -> Iterator[Problem]:
         longest = model.max_position_embeddings

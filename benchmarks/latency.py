@@ -34,6 +34,7 @@ class Latency(Stage):
     accepts: ClassVar[frozenset[Format]] = frozenset({"onnx"})
     returns: ClassVar[Format] = "measurement"
     measures_hardware: ClassVar[bool] = True
+    libraries: ClassVar[frozenset[str]] = frozenset({"onnxruntime"})
     example: ClassVar[Mapping[str, Any]] = {"prompts": [64]}
 
     prompts: tuple[Count, ...] = Field((128, 1024), min_length=1, description="prompt lengths in tokens")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -27,6 +27,7 @@ MANIFEST = "artifact.json"
 CHECKPOINTS = "checkpoints"
 """Inside an unfinished artifact's directory: what a killed stage goes on from. Removed when the stage is done."""
 
+_SEAL = "sha256"
 _WEIGHTS = (".safetensors", ".onnx", ".data")
 
 
@@ -41,7 +42,11 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class Artifact:
-    """A finished directory: its format, key, lineage (the ids and keys of all it came from) and figures."""
+    """A finished directory: its format, key, lineage (the ids and keys of all it came from) and figures.
+
+    ingredients: what the key is made of. id: what the pipeline that made it called the stage. Artifacts of earlier
+    versions have neither.
+    """
 
     path: Path
     format: Format
@@ -50,6 +55,8 @@ class Artifact:
     lineage: tuple[str, ...] = ()
     metrics: Metrics = field(default_factory=dict)
     files: Mapping[str, FileEntry] = field(default_factory=dict)
+    ingredients: Mapping[str, Any] = field(default_factory=dict)
+    id: str = ""
 
     @property
     def size_mb(self) -> float:
@@ -68,20 +75,24 @@ def is_finished(path: Path) -> bool:
     return (path / MANIFEST).is_file()
 
 
-def finish(path: Path, *, format: Format, stage: str, key: str, lineage: tuple[str, ...], metrics: Metrics) -> Artifact:
+def finish(
+    path: Path, *, format: Format, stage: str, key: str, lineage: tuple[str, ...], metrics: Metrics, id: str = "",
+    ingredients: Mapping[str, Any] | None = None,
+) -> Artifact:  # fmt: skip
     """Digest what a stage wrote to `path` and put `artifact.json` in place, last and by rename."""
     files = {
         file.relative_to(path).as_posix(): _digest(file)
         for file in sorted(path.rglob("*"))
         if file.is_file() and file.relative_to(path).parts[0] not in (MANIFEST, MANIFEST + ".tmp", CHECKPOINTS)
     }
-    artifact = Artifact(path, format, stage, key, lineage, metrics, files)
+    artifact = Artifact(path, format, stage, key, lineage, metrics, files, ingredients or {}, id)
     manifest = {
-        "format": format, "stage": stage, "key": key, "lineage": list(lineage),
+        "format": format, "stage": stage, "id": id, "key": key, "lineage": list(lineage),
+        "ingredients": dict(artifact.ingredients),
         "metrics": {subject: dict(values) for subject, values in metrics.items()},
         "files": {name: vars(entry) for name, entry in files.items()},
     }  # fmt: skip
-    write_json(path / MANIFEST, manifest)
+    write_json(path / MANIFEST, sealed(manifest))
     return artifact
 
 
@@ -91,6 +102,27 @@ def open_artifact(path: Path) -> Artifact:
     Files whose size and modification time are as recorded are taken to be as they were; others are read again.
     Raises CompressError for an unfinished, damaged or unreadable artifact.
     """
+    artifact = read_artifact(path)
+    for name, entry in artifact.files.items():
+        _verify(path / name, entry, path)
+    return artifact
+
+
+def damages(artifact: Artifact) -> Iterator[tuple[Path, str]]:
+    """The files of an artifact that are not what was written, every one read in full, and what is wrong with each."""
+    for name, entry in artifact.files.items():
+        file = artifact.path / name
+        try:
+            if _digest(file).sha256 != entry.sha256:
+                yield file, "is not what was written (digest differs)"
+        except FileNotFoundError:
+            yield file, "is missing from a finished artifact"
+        except OSError as error:
+            yield file, f"can't be read ({error.strerror})"
+
+
+def read_artifact(path: Path) -> Artifact:
+    """The artifact at `path` as its `artifact.json` tells it, its files unread. Raises as `open_artifact`."""
     manifest = path / MANIFEST
     if not path.is_dir():
         raise CompressError(str(path), "no such artifact directory", "check the path")
@@ -99,14 +131,27 @@ def open_artifact(path: Path) -> Artifact:
     try:
         raw = json.loads(manifest.read_text("utf-8"))
         files = {name: FileEntry(**entry) for name, entry in raw["files"].items()}
-        artifact = Artifact(path, raw["format"], raw["stage"], raw["key"], tuple(raw["lineage"]), raw["metrics"], files)
+        artifact = Artifact(
+            path, raw["format"], raw["stage"], raw["key"], tuple(raw["lineage"]), raw["metrics"], files,
+            raw.get("ingredients", {}), raw.get("id", ""),
+        )  # fmt: skip
+        if not is_whole(raw):
+            raise ValueError("its digest differs")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CompressError(str(manifest), f"is damaged ({error})", f"delete {path} and run again") from error
     if artifact.format not in FORMATS:
         raise CompressError(str(manifest), f"unknown format {artifact.format!r}", "written by another version?")
-    for name, entry in files.items():
-        _verify(path / name, entry, path)
     return artifact
+
+
+def sealed(value: Mapping[str, Any]) -> dict[str, Any]:
+    """`value`, to be written as JSON, with the digest of all of it."""
+    return {**value, _SEAL: _sha256_of(json.loads(json.dumps(value)))}
+
+
+def is_whole(value: Mapping[str, Any]) -> bool:
+    """Whether what was read is as it was sealed; what was written before there were seals is taken to be."""
+    return value.get(_SEAL) in (None, _sha256_of({name: each for name, each in value.items() if name != _SEAL}))
 
 
 def write_json(path: Path, value: object) -> None:
@@ -117,6 +162,10 @@ def write_json(path: Path, value: object) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+
+
+def _sha256_of(value: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _digest(file: Path) -> FileEntry:

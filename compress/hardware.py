@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 import platform
+import re
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
@@ -14,8 +17,8 @@ from typing import Any
 
 from compress import __version__
 
-VECTOR_FLAGS = ("avx", "amx", "asimd", "neon", "sve")
-"""What the flags of vector and matrix instructions begin with."""
+VECTOR_FLAGS = ("avx", "amx", "fma", "asimd", "neon", "sve", "i8mm")
+"""What the flags of vector and matrix instructions begin with: an operator's kernel is chosen by them."""
 _PACKAGES = ("torch", "transformers", "onnxruntime", "onnx", "numpy")
 
 
@@ -32,6 +35,11 @@ class Machine:
     def fingerprint(self) -> dict[str, Any]:
         """What a measured time depends on: the ingredient of the keys of stages that measure hardware."""
         return {"cpu": self.cpu, "flags": list(self.flags), "num_cpus": self.num_cpus}
+
+    @property
+    def vector_flags(self) -> tuple[str, ...]:
+        """The flags that rounded arithmetic depends on."""
+        return tuple(flag for flag in self.flags if flag.startswith(VECTOR_FLAGS))
 
     def as_dict(self) -> dict[str, Any]:
         """For `run.json`."""
@@ -57,6 +65,28 @@ def this_machine() -> Machine:
 def has_bf16() -> bool:
     """Whether this CPU multiplies matrices of bfloat16 in hardware: several times as fast as float32 ones."""
     return not {"avx512_bf16", "amx_bf16"}.isdisjoint(this_machine().flags)
+
+
+def multiplies_bf16() -> bool:
+    """Whether the GPU, or the CPU where there is none, multiplies in bfloat16. Imports torch only to ask for a GPU."""
+    if not _may_have_gpu():
+        return has_bf16()
+    import torch
+
+    return torch.cuda.is_bf16_supported() if torch.cuda.is_available() else has_bf16()
+
+
+def minor_version(package: str) -> str:
+    """`5.23` of an installed 5.23.1; all of a pre-release's, each of which may differ; "" where it is not installed.
+
+    `python` is the interpreter.
+    """
+    try:
+        installed = platform.python_version() if package == "python" else version(package)
+    except PackageNotFoundError:
+        return ""
+    release = re.fullmatch(r"(\d+\.\d+)(\.\d+)*(\.?post\d+)?(\+.*)?", installed)
+    return release[1] if release else installed
 
 
 def versions() -> dict[str, str]:
@@ -108,6 +138,14 @@ class PeakMemory:
             pass
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+
+
+def _may_have_gpu() -> bool:
+    """Whether a driver of NVIDIA's or AMD's is there."""
+    with contextlib.suppress(OSError):
+        ctypes.CDLL("libcuda.so.1")
+        return True
+    return os.path.exists("/dev/kfd")
 
 
 def _cpuinfo() -> dict[str, str]:

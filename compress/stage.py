@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from compress.artifact import Artifact, Format, Metrics
 from compress.errors import Problem
 from compress.models.anatomy import ModelShape
+from compress.options import counted
 
 if TYPE_CHECKING:
     from compress.data.text import TextData
@@ -49,6 +50,30 @@ class Ref:
 
     of: str
     via: tuple[tuple[str, Mapping[str, Any]], ...] = ()
+
+
+@dataclass(frozen=True)
+class OtherModel:
+    """A model from outside the pipeline that a stage reads, known by its content.
+
+    text: names it as a pipeline's `model` does. readable: the methods of quantisation that its weights may have.
+    """
+
+    text: str
+    readable: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Given:
+    """What is known of a stage's inputs before anything runs.
+
+    shape: of the model that it works on. formats: of all inputs, by role. rounding: the roles of those whose
+    activations ONNX Runtime rounds, or will once they are exported.
+    """
+
+    shape: ModelShape
+    formats: Mapping[str, Format]
+    rounding: frozenset[str] = frozenset()
 
 
 class Progress(Protocol):
@@ -104,8 +129,9 @@ class Stage(BaseModel, ABC):
     formats of the input and of what is written (`measurement` leaves the model as it is for the next stage).
     kinds: `decoder`, `encoder` or both. splits: those of the text that it reads, whatever its options.
     measures_hardware: its figures belong to this machine, so the machine is part of its key. reads_target: so does what
-    it writes to `target`. seeded: its result depends on the seed. example: options of a small typical use, for the
-    support matrix; needed only where the defaults alone are not valid.
+    it writes to `target`. seeded: its result depends on the seed, whatever its options. libraries: those that it
+    computes with, whatever its options. example: options of a small typical use, for the support matrix; needed only
+    where the defaults alone are not valid.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -120,17 +146,41 @@ class Stage(BaseModel, ABC):
     measures_hardware: ClassVar[bool] = False
     reads_target: ClassVar[bool] = False
     seeded: ClassVar[bool] = False
+    libraries: ClassVar[frozenset[str]] = frozenset({"torch", "transformers"})
     example: ClassVar[Mapping[str, Any]] = {}
 
     def reads(self) -> frozenset[Literal["train", "eval"]]:
         """The splits of the text that it reads with these options."""
         return self.splits
 
+    def uses_seed(self) -> bool:
+        """Whether its result depends on the seed with these options."""
+        return self.seeded
+
+    def settled(self, given: Given) -> Mapping[str, Any]:
+        """The options that its result depends on, as its key has them: see `counted`.
+
+        What null and auto stand for is in their place, what has no say or is told by an input's key is left out.
+        """
+        return counted(self)
+
+    def computes_with(self, given: Given) -> frozenset[str]:
+        """The libraries whose minor versions its result depends on; `python` is the interpreter."""
+        return self.libraries
+
+    def rounds_activations(self, given: Given) -> bool:
+        """Whether ONNX Runtime rounds the activations of what it returns, or will once it is exported."""
+        return INPUT in given.rounding
+
+    def depends_on_cpu(self, given: Given) -> bool:
+        """Whether its result depends on the CPU's vector instructions beyond float32's last digits."""
+        return False
+
     def before(self, accepted: Format) -> Sequence[tuple[str, Mapping[str, Any]]]:
         """Stages that this one is short for, put before it, given the format that it would otherwise receive."""
         return ()
 
-    def inputs(self) -> Mapping[str, Ref]:
+    def inputs(self) -> Mapping[str, Ref | OtherModel]:
         """The artifacts read beside the input, by role."""
         return {}
 

@@ -154,7 +154,7 @@ def make_pipeline(folder: Path, model: Path, **changes: Any) -> Path:
     default: dict[str, Any] = {
         "name": "pico",
         "model": str(model),
-        "data": {"train": f"{text}/train.txt", "eval": f"{text}/eval.txt", "sequence_length": 16, "max_overlap": 1.0},
+        "data": {"train": f"{text}/train.txt", "eval": f"{text}/eval.txt", "max_overlap": 1.0},
         "stages": [shrink, "fake-measure", "fake-export", {"fake-measure": {"value": 12.0}}],
     }
     file = folder / "pipeline.yaml"

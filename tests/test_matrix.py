@@ -11,7 +11,6 @@ import pytest
 
 from compress.models.anatomy import FAMILIES
 from compress.pipeline.check import valid_pipeline
-from compress.pipeline.graph import Graph
 from compress.pipeline.matrix import Cell, cells
 from compress.runner.execute import Setting, execute
 from compress.runner.journal import Journal, blank_record
@@ -42,15 +41,16 @@ def test_every_cell_runs_or_is_refused_by_name(model_type: str, pico: Callable[[
 def run_cell(cell: Cell, model: Path, folder: Path) -> Plan:
     """Run a cell's stages, made small, in one directory for all cells of a model, so that they share what is cached."""
     file = folder / "cell.yaml"
-    data = {"train": "python-docs", "sequence_length": 64}
+    data = {"train": "python-docs"}
     content = {"name": "cells", "model": str(model), "data": data, "target": {"threads": 1}, "stages": cell.stages}
     file.write_text(json.dumps(content))
     prepared = prepare(valid_pipeline(file), folder, Reporter())
-    small = Graph(tuple(replace(node, stage=node.stage.twin()) for node in prepared.graph.nodes))
+    nodes = tuple(replace(node, stage=node.stage.twin()) for node in prepared.graph.nodes)
+    small = replace(prepared.graph, nodes=nodes)
     pipeline, texts = prepared.pipeline, prepared.data
     plan = make_plan(
-        small, source_key=prepared.plan.source_key, data=texts, seed=0, target=pipeline.target, run_dir=folder
+        small, sources=prepared.plan.sources, data=texts, seed=0, target=pipeline.target, run_dir=folder
     )
-    setting = Setting(lambda: prepared.source_artifact, texts, 0, pipeline.target, Reporter())
+    setting = Setting(prepared.model, texts, 0, pipeline.target, Reporter())
     execute(plan, setting, Journal(folder, blank_record(pipeline, plan)))
     return plan

@@ -21,6 +21,7 @@ from compress.cli.schema import schema
 from compress.cli.screen import print_problem
 from compress.cli.show import show
 from compress.cli.stages import stages
+from compress.cli.verify import verify
 from compress.errors import CompressError
 
 app = typer.Typer(
@@ -51,7 +52,7 @@ def _root(
     """
 
 
-for verb in (check, init, plan, run, show, compare, bench, stages, schema, gc):
+for verb in (check, init, plan, run, show, compare, verify, bench, stages, schema, gc):
     app.command()(verb)
 app.command("eval")(evaluate)
 

@@ -11,6 +11,7 @@ from compress.cli.screen import print_json, print_line, print_table, reporting
 
 if TYPE_CHECKING:
     from compress.report.tables import Table
+    from compress.runner.changes import News
     from compress.runner.estimate import Estimate
     from compress.runner.plan import Step
 
@@ -25,10 +26,12 @@ def plan(
 ) -> None:
     """Show what a run would do: its stages, what is cached, and rough estimates of size, memory and time.
 
+    Of a stage that was computed before and has to be again it says what changed: an option, a text, a library.
     Then the whole pipeline is run on a random twin of the model with a few layers, in a temporary folder, so that an
     export that can't work fails now and not after hours of training. Nothing is written to the run directory.
     """
     from compress.pipeline.check import valid_pipeline
+    from compress.runner.changes import news_of
     from compress.runner.estimate import estimate
     from compress.runner.prepare import prepare
     from compress.runner.twin import try_twin
@@ -38,12 +41,17 @@ def plan(
         prepared = prepare(loaded, runs / loaded.name, reporter)
         estimates = estimate(prepared)
         steps = prepared.plan.steps
+        news = {step.id: news_of(prepared.plan, step) for step in prepared.plan.todo}
         if not json:
             print_table(_table(loaded.name, steps, estimates))
+            for id, each in news.items():
+                if each.changes:
+                    print_line(f"{id}: {each}")
         if twin:
             try_twin(prepared)
     if json:
-        print_json({"name": loaded.name, "stages": [_as_json(step, estimates[step.id]) for step in steps]})
+        stages = [_as_json(step, estimates[step.id]) | _told(news.get(step.id)) for step in steps]
+        print_json({"name": loaded.name, "stages": stages})
     elif twin:
         print_line("dry run on a random twin: every stage works")
 
@@ -52,12 +60,17 @@ def _as_json(step: Step, estimate: Estimate) -> dict[str, Any]:
     return {
         "id": step.id, "stage": step.stage.name, "key": step.key, "directory": str(step.directory),
         "state": _state(step), "hidden": step.node.hidden, "inputs": dict(step.node.inputs),
+        "ingredients": step.ingredients,
         "num_hidden_layers": estimate.shape.num_hidden_layers, "parameters": estimate.shape.num_parameters,
         "estimated": {
             "size_mb": estimate.size_mb, "ram_mb": estimate.ram_mb, "disk_mb": estimate.disk_mb,
             "seconds": estimate.seconds,
         },
     }  # fmt: skip
+
+
+def _told(news: News | None) -> dict[str, Any]:
+    return {"changes": list(news.changes) if news else [], "compared_with": news.earlier if news else None}
 
 
 def _table(name: str, steps: tuple[Step, ...], estimates: dict[str, Estimate]) -> Table:

@@ -91,7 +91,6 @@ class DataConfig(BaseModel):
     max_overlap: float = Field(
         default=0.02, ge=0, le=1, description="share of the eval text that may also stand in the train text"
     )
-    sequence_length: int = Field(default=512, ge=8, le=1_048_576, description="tokens in one packed block")
 
     @property
     def holds_out(self) -> bool:

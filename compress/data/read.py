@@ -10,7 +10,7 @@ from typing import Any
 
 from compress.data.config import HUB, PYTHON_DOCS, DatasetSpec, FileSpec, text_files
 from compress.errors import StageFailed
-from compress.fetch.cache import ensure
+from compress.fetch.cache import ensure, entry_path, finished
 from compress.fetch.packages import SCHEMES, Downloader, Package, fetch
 
 
@@ -79,8 +79,7 @@ def text_of(row: Mapping[str, Any], text_key: str, where: str) -> str:
 
 def _package_files(package: Package, download: Downloader) -> list[Path]:
     """The files of `package` that match its path (a file, a folder or a glob), sorted; fetched once into the cache."""
-    identity = f"{package.scheme} {package.name} {package.version} {package.sha256 or ''}"
-    entry = ensure("packages", identity, lambda out: _unpack_package(package, out, download))
+    entry = ensure("packages", _identity(package), lambda out: _unpack_package(package, out, download))
     root = entry / package.root
     files = sorted(file for file in root.rglob("*") if file.is_file())
     chosen = [file for file in files if _matches(file.relative_to(root).as_posix(), package.path)]
@@ -88,6 +87,18 @@ def _package_files(package: Package, download: Downloader) -> list[Path]:
         names = sorted({file.relative_to(root).parts[0] + ("/…" if file.parent != root else "") for file in files})
         raise StageFailed(package.uri, f"{package} has no such file", f"it has: {', '.join(names[:12])}")
     return chosen
+
+
+def package_facts(text: str) -> dict[str, str]:
+    """The SHA-256 of the archive of the package that a spec names; nothing where it names none or it isn't fetched."""
+    if not text.startswith(SCHEMES):
+        return {}
+    facts = finished(entry_path("packages", _identity(Package.parse(text, "data"))))
+    return {"sha256": str(facts["sha256"])} if facts else {}
+
+
+def _identity(package: Package) -> str:
+    return f"{package.scheme} {package.name} {package.version} {package.sha256 or ''}"
 
 
 def _matches(name: str, pattern: str) -> bool:

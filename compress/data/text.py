@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from compress.data.config import DataConfig, Split
-from compress.data.read import read_documents
+from compress.data.config import DataConfig, DatasetSpec, FileSpec, Split
+from compress.data.read import package_facts, read_documents
 from compress.data.split import Overlap, hold_out, overlap_of
 from compress.errors import StageFailed
 from compress.fetch.cache import entry_path, recall, remember
@@ -37,10 +37,16 @@ class TextData:
         return list(self._documents[split])
 
     def digest(self, split: Split) -> str:
-        """SHA-256 (hex) of what a stage that reads `split` depends on: its documents and the sequence length."""
+        """SHA-256 (hex) of the documents of `split`."""
         if split == "eval":
             self._check_overlap()
-        return hashlib.sha256(f"{self.config.sequence_length} {self._digests[split]}".encode()).hexdigest()
+        return self._digests[split]
+
+    def resolved(self) -> dict[str, Mapping[str, str]]:
+        """The SHA-256 of the archive of each package that text comes from, by the name of the text, where fetched."""
+        specs = [spec for spec in (*self.config.train, *(self.config.eval or ())) if not isinstance(spec, DatasetSpec)]
+        names = [spec.path if isinstance(spec, FileSpec) else spec for spec in specs]
+        return {name: package_facts(name) for name in names}
 
     def blocks(
         self, split: Split, tokenizer: PreTrainedTokenizerBase, sequence_length: int, max_tokens: int | None = None

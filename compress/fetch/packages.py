@@ -26,6 +26,8 @@ _URI = re.compile(
     r"(?P<scheme>pypi|npm)://(?P<name>(?:@[\w.-]+/)?\w[\w.-]*)/(?P<version>\d[\w.!+-]*)/(?P<path>[^#]+?)/?"
     r"(?:#sha256=(?P<sha256>[0-9a-fA-F]{64}))?"
 )
+_EXACT = re.compile(r"\d+\.\d+\.\d+(?:-[0-9A-Za-z.-]+)?(?:\+[0-9A-Za-z.-]+)?")
+"""npm takes any other version for a range; pip's `==1` is 1.0.0 and nothing else."""
 _NETWORK = ("name resolution", "newconnectionerror", "connection", "timed out", "timeout", "enotfound", "eai_again",
             "econnre", "etimedout", "network", "proxy", "ssl")  # fmt: skip
 _ABSENT = ("no matching distribution", "could not find a version", "e404", "etarget", "404 not found",
@@ -49,6 +51,9 @@ class Package:
     def parse(cls, uri: str, where: str) -> Package:
         """Read a URI. Raises InvalidInput for one that is not `scheme://package/version/path[#sha256=hex]`."""
         match = _URI.fullmatch(uri)
+        if match is not None and match["scheme"] == "npm" and not _EXACT.fullmatch(match["version"]):
+            what = f"{match['version']!r} is a range of versions of {match['name']}, and means another one some day"
+            raise InvalidInput(where, what, f"write an exact one: npm://{match['name']}/1.2.3/{match['path']}")
         if match is None or ".." in match["path"].split("/"):
             scheme = uri.partition("://")[0]
             form = f"{scheme}://package/1.2.3/path/in/package, perhaps with #sha256=<64 hex digits>"

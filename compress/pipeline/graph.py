@@ -6,7 +6,7 @@ The file is a list. `Stage.before` and `Ref.via` add hidden stages; identical on
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from compress.artifact import Format
@@ -16,7 +16,7 @@ from compress.pipeline.document import shown
 from compress.pipeline.file import Entry, Pipeline, in_order
 from compress.pipeline.require import unproven
 from compress.registry import did_you_mean, stage_class, stage_names
-from compress.stage import INPUT, SOURCE, Ref, Stage
+from compress.stage import INPUT, SOURCE, OtherModel, Ref, Stage
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,14 @@ class GraphNode:
 
 @dataclass(frozen=True)
 class Graph:
-    """The nodes in an order in which they can run. The node `source`, of that shape (None: unknown), is implied."""
+    """The nodes in an order in which they can run. The node `source`, of that shape (None: unknown), is implied.
+
+    models: the other models that nodes read, by an id that no stage can have (`teacher:org/name`).
+    """
 
     nodes: tuple[GraphNode, ...]
     source_shape: ModelShape | None = None
+    models: Mapping[str, OtherModel] = field(default_factory=dict)
 
     @property
     def result(self) -> str:
@@ -66,13 +70,14 @@ def build_graph(entries: Sequence[Entry], shape: ModelShape | None) -> tuple[Gra
     builder = _Builder(entries, shape)
     for entry in entries:
         builder.append(entry)
-    return Graph(tuple(builder.nodes), shape), builder.problems
+    return Graph(tuple(builder.nodes), shape, builder.models), builder.problems
 
 
 class _Builder:
     def __init__(self, entries: Sequence[Entry], shape: ModelShape | None) -> None:
         self._all_ids = [entry.id for entry in entries]
         self.nodes: list[GraphNode] = []
+        self.models: dict[str, OtherModel] = {}
         self.problems: list[Problem] = []
         self._current = SOURCE
         self._formats: dict[str, Format] = {SOURCE: "torch"}
@@ -129,7 +134,10 @@ class _Builder:
         """The ids of all that `stage` reads, by role."""
         found = {INPUT: input_id}
         for role, ref in stage.inputs().items():
-            if ref.of == INPUT and self._formats[input_id] in stage.accepts:
+            if isinstance(ref, OtherModel):
+                found[role] = f"{role}:{ref.text}"
+                self.models[found[role]] = ref
+            elif ref.of == INPUT and self._formats[input_id] in stage.accepts:
                 found[role] = self._through(input_id, ref.via, entry)
             elif ref.of != INPUT and self._is_usable(entry, stage, role, ref):
                 found[role] = self._through(ref.of, ref.via, entry)

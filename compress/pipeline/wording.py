@@ -27,6 +27,10 @@ _BOUNDS = {
     "multiple_of": ("a multiple of", "multiple_of"),
 }  # fmt: skip
 
+_MOVED: Mapping[Steps, str] = {
+    ("data", "sequence_length"): "stages have a sequence_length each: give it to those that read the text",
+}  # fmt: skip
+"""Where an option went that a file may still have."""
 
 Fault = tuple[Steps, str, str]
 """Where below the validated value, what is wrong, what to do."""
@@ -95,6 +99,8 @@ def _steps(value: Any, error: ErrorDetails) -> Steps:
 def _words(schema: Mapping[str, Any], steps: Steps, group: Sequence[ErrorDetails]) -> tuple[str, str]:
     first = group[0]
     match first["type"]:
+        case "extra_forbidden" if steps[-2:] in _MOVED:
+            return "is no option here any more", _MOVED[steps[-2:]]
         case "extra_forbidden":
             return "is no option here", did_you_mean(str(steps[-1]), _options(schema, steps[:-1]))
         case "missing":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -118,6 +118,24 @@ class QuantizeOptions(BaseModel):
         head: Scheme | Literal["table"] | None = self._given(self.head) if self.head else "table"
         return MixedSchemes(self.base, named, embeddings, head)
 
+    @property
+    def rounds(self) -> bool:
+        """Whether ONNX Runtime rounds activations before any of the weights."""
+        return any(scheme.rounds_activations(4) for scheme in (*self._named(), self.base.table))
+
+    def meant(self, model: ModelShape) -> dict[str, Any]:
+        """What null and auto mean for that model, and None for what has no say, by option: for a stage's key."""
+        found: dict[str, Any] = {option: None for option, has_a_say in self._says().items() if not has_a_say}
+        if self.exceptions == "auto" and not self.finds_exceptions:
+            found["exceptions"] = None
+        if not self.needs_text:
+            found |= {"tokens": None, "sequence_length": None}
+        has_own_head = model.family.kind == "decoder" and not model.tie_word_embeddings
+        return {
+            **found, "embeddings": _name(self.choice.of("", "embedding")),
+            "head": _name(self.choice.of("", "head")) if has_own_head else None,
+        }  # fmt: skip
+
     def stored_bytes(self, model: ModelShape) -> float:
         """Codes and scales of the layers and token tables of a quantised `model`, float32 for what else there is."""
         choice, k, vocabulary = self.choice, model.hidden_size, model.vocab_size
@@ -143,10 +161,11 @@ class QuantizeOptions(BaseModel):
             what = f"{self.tokens} tokens do not fill one block of sequence_length {self.sequence_length}{static}"
             yield Problem("tokens", what, f"at least {self.sequence_length}")
 
-    def _without_a_say(self) -> Iterator[Problem]:
+    def _says(self) -> dict[str, bool]:
+        """Whether each option that may have no say has one."""
         named = self._named()
         rounds = any(not scheme.blockwise for scheme in named)
-        say = {
+        return {
             "symmetric": any(scheme.blockwise and not scheme.ternary for scheme in named),
             "act_order": self.method == "gptq",
             "smoothing": self.scaling == "smoothquant",
@@ -154,7 +173,10 @@ class QuantizeOptions(BaseModel):
             "reduce_range": rounds,
             "ranges": any(scheme.static for scheme in named),
         }
-        for option, has_a_say in say.items():
+
+    def _without_a_say(self) -> Iterator[Problem]:
+        rounds = any(not scheme.blockwise for scheme in self._named())
+        for option, has_a_say in self._says().items():
             if option in self.model_fields_set and not has_a_say:
                 yield Problem(option, f"has no say where {self._summary(option)}", "remove it")
         if self.scaling == "smoothquant" and not rounds:
@@ -197,3 +219,8 @@ class QuantizeOptions(BaseModel):
         if not scheme.blockwise:
             return scheme.reduced if self.reduce_range is True else scheme
         return scheme if self.symmetric or scheme.ternary else scheme.asymmetric
+
+
+def _name(scheme: Scheme | None) -> str:
+    """What tells a table's scheme from others."""
+    return "float32" if scheme is None else scheme.name + ("" if scheme.symmetric else " with zero points")

@@ -81,7 +81,7 @@ def _summary(record: RunRecord) -> str:
 
 
 def _circumstances(record: RunRecord) -> list[tuple[str, str]]:
-    hardware, target = record.hardware, record.target
+    hardware, target, resolved = record.hardware, record.target, record.resolved.items()
     return [
         ("started", record.started),
         ("machine", f"{hardware['cpu']}, {hardware['num_cpus']} CPUs, {hardware['ram_gb']} GB, {hardware['system']}"),
@@ -90,6 +90,8 @@ def _circumstances(record: RunRecord) -> list[tuple[str, str]]:
         ("seed", str(record.seed)),
         ("versions", ", ".join(f"{name} {version}" for name, version in record.versions.items())),
         ("commit", record.git_commit or "not from a checkout"),
+        *(("model beside the source", model.name) for model in record.models.values()),
+        *((name, ", ".join(f"{fact} {value}" for fact, value in facts.items())) for name, facts in resolved),
     ]
 
 

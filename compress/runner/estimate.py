@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from compress.errors import InvalidInput
 from compress.hardware import this_machine
 from compress.models.anatomy import ModelShape
-from compress.stage import INPUT, SOURCE
+from compress.stage import INPUT
 
 if TYPE_CHECKING:
     from compress.pipeline.graph import GraphNode
@@ -47,8 +47,8 @@ class Estimate:
 
 def estimate(prepared: Prepared) -> dict[str, Estimate]:
     """Estimates of all steps by id, cached ones too."""
-    shapes = {SOURCE: prepared.shape}
-    bytes_of = {SOURCE: float(FP32_BYTES * prepared.shape.num_parameters)}
+    shapes = {id: prepared.shape_of(id) for id in prepared.plan.sources}
+    bytes_of = {id: float(FP32_BYTES * shape.num_parameters) for id, shape in shapes.items()}
     found = {}
     for step in prepared.plan.steps:
         before = shapes[step.node.inputs[INPUT]]

@@ -15,6 +15,7 @@ from compress.data.text import TextData
 from compress.errors import CompressError, is_full_disk
 from compress.hardware import PeakMemory
 from compress.pipeline.require import RESULT
+from compress.runner.changes import news_of
 from compress.runner.journal import MAKING, Journal, recorded
 from compress.runner.plan import Plan, Step
 from compress.runner.record import State
@@ -24,9 +25,9 @@ from compress.stage import INPUT, SOURCE, Reporter, StageContext, Target
 
 @dataclass(frozen=True)
 class Setting:
-    """What all stages of a run share. `source` fetches the source model when a step needs it."""
+    """What all stages of a run share. `model` fetches one that the plan starts from, by id, when a step needs it."""
 
-    source: Callable[[], Artifact]
+    model: Callable[[str], Artifact]
     data: TextData
     seed: int
     target: Target
@@ -50,7 +51,7 @@ def execute(plan: Plan, setting: Setting, journal: Journal) -> None:
             if step.is_cached:
                 state, artifact = State.CACHED, _open(step)
             else:
-                log.info("%s", heading)
+                log.info("%s%s", heading, f": {news}" if (news := str(news_of(plan, step))) else "")
                 journal.put(was.model_copy(update={"state": State.RUNNING}))
                 state, artifact = State.DONE, _run(step, plan, artifacts, setting)
         except BaseException as error:
@@ -97,7 +98,9 @@ def _open(step: Step) -> Artifact:
 
 def _run(step: Step, plan: Plan, artifacts: Mapping[str, Artifact], setting: Setting) -> Artifact:
     """Run one stage in its directory, which keeps nothing of an earlier attempt but its checkpoints."""
-    inputs = {role: setting.source() if of == SOURCE else artifacts[of] for role, of in step.node.inputs.items()}
+    inputs = {
+        role: setting.model(of) if of in plan.sources else artifacts[of] for role, of in step.node.inputs.items()
+    }
     out, work = step.directory, step.directory / CHECKPOINTS
     work.mkdir(parents=True, exist_ok=True)
     _clear(out, keep=CHECKPOINTS)
@@ -109,7 +112,8 @@ def _run(step: Step, plan: Plan, artifacts: Mapping[str, Artifact], setting: Set
     artifact = finish(
         out, format=step.stage.returns, stage=step.stage.name, key=step.key,
         lineage=tuple(f"{role}: {of} {inputs[role].key}" for role, of in sorted(step.node.inputs.items())),
-        metrics={**_completed(metrics, step, out, inputs.get(INPUT)), MAKING: making},
+        metrics={**_completed(metrics, step, out, inputs.get(INPUT)), MAKING: making}, id=step.id,
+        ingredients=step.ingredients,
     )  # fmt: skip
     shutil.rmtree(work, ignore_errors=True)
     return artifact

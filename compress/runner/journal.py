@@ -10,6 +10,7 @@ from compress.hardware import git_commit, this_machine, versions
 from compress.pipeline.file import Pipeline
 from compress.runner.plan import Plan
 from compress.runner.record import RunRecord, SourceRecord, StageRecord, State
+from compress.stage import SOURCE
 
 MAKING = "making"
 """The subject, in an artifact's metrics, of what it took to make it: `seconds` and `peak_rss_mb`."""
@@ -47,6 +48,9 @@ def blank_record(pipeline: Pipeline, plan: Plan) -> RunRecord:
         target=pipeline.target.model_dump(),
         git_commit=git_commit(),
         source=SourceRecord(name=pipeline.model, key=plan.source_key),
+        models={
+            id: SourceRecord(name=id.partition(":")[2], key=key) for id, key in plan.sources.items() if id != SOURCE
+        },
         stages=tuple(
             StageRecord(
                 id=step.id, stage=step.stage.name, key=step.key, directory=step.directory.name,

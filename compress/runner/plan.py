@@ -6,23 +6,21 @@ anywhere reaches all that comes after it and nothing else.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from compress.artifact import is_finished
+from compress.artifact import Format, is_finished
 from compress.errors import InvalidInput
-from compress.hardware import this_machine
 from compress.registry import did_you_mean
-from compress.stage import SOURCE, Stage, Target
+from compress.runner.key import Ingredients, ingredients_of, key_of
+from compress.stage import INPUT, SOURCE, Given, Stage, Target
 
 if TYPE_CHECKING:
     from compress.data.text import TextData
+    from compress.models.anatomy import ModelShape
     from compress.pipeline.graph import Graph, GraphNode
 
 KEY_LENGTH = 12
@@ -32,11 +30,12 @@ _DIRECTORY = re.compile(rf"\d+-(?P<stage>.+)-(?P<key>[0-9a-f]{{{KEY_LENGTH}}})")
 
 @dataclass(frozen=True)
 class Step:
-    """One node of the graph, its key (hex) and the directory that holds, or will hold, its artifact."""
+    """One node of the graph, its key (hex), what that is made of, and the directory of its artifact, made or not."""
 
     node: GraphNode
     key: str
     directory: Path
+    ingredients: Ingredients
 
     @property
     def id(self) -> str:
@@ -56,11 +55,16 @@ class Step:
 
 @dataclass(frozen=True)
 class Plan:
-    """The steps in the order in which they run, and the key of the source model."""
+    """The steps in the order in which they run, and the keys of the models that they start from, by id."""
 
     run_dir: Path
-    source_key: str
+    sources: Mapping[str, str]
     steps: tuple[Step, ...]
+
+    @property
+    def source_key(self) -> str:
+        """The key of the model that the pipeline is about."""
+        return self.sources[SOURCE]
 
     @property
     def todo(self) -> tuple[Step, ...]:
@@ -70,7 +74,7 @@ class Plan:
     @property
     def digest(self) -> str:
         """One key for the whole plan."""
-        return _sha256([step.key for step in self.steps])
+        return key_of([step.key for step in self.steps])
 
     def from_step(self, name: str) -> tuple[Step, ...]:
         """The step called `name` and those after it, leaving out hidden ones that don't depend on it.
@@ -87,48 +91,51 @@ class Plan:
         return tuple(later.values())
 
 
-def make_plan(graph: Graph, *, source_key: str, data: TextData, seed: int, target: Target, run_dir: Path) -> Plan:
-    """Give every node of `graph` its key and its directory in `run_dir`, which need not exist."""
-    keys = {SOURCE: source_key}
-    existing = _directories(run_dir)
+def make_plan(
+    graph: Graph, *, sources: Mapping[str, str], data: TextData, seed: int, target: Target, run_dir: Path
+) -> Plan:
+    """Give every node of `graph` its key and its directory in `run_dir`, which need not exist.
+
+    sources: the keys of `source` and of the other models that the graph reads, by id.
+    """
+    known = _Known(graph, dict(sources))
+    directories = _directories(run_dir)
     steps = []
     for position, node in enumerate(graph.nodes, start=1):
-        key = stage_key(
-            node.stage,
-            {role: keys[of] for role, of in node.inputs.items()},
-            data={split: data.digest(split) for split in sorted(node.stage.reads())},
-            seed=seed,
-            target=target,
-        )
-        keys[node.id] = key
+        ingredients = ingredients_of(
+            node.stage, known.given(node),
+            {role: known.keys[of] for role, of in node.inputs.items()},
+            text={split: data.digest(split) for split in sorted(node.stage.reads())},
+            seed=seed, target=target,
+        )  # fmt: skip
+        known.add(node, key := key_of(ingredients))
         short = (node.stage.name, key[:KEY_LENGTH])
-        directory = existing.get(short, run_dir / "-".join((f"{position:02d}", *short)))
-        steps.append(Step(node, key, directory))
-    return Plan(run_dir, source_key, tuple(steps))
+        directory = directories.setdefault(short, run_dir / "-".join((f"{position:02d}", *short)))
+        steps.append(Step(node, key, directory, ingredients))
+    return Plan(run_dir, sources, tuple(steps))
 
 
-def stage_key(stage: Stage, inputs: Mapping[str, str], *, data: Mapping[str, str], seed: int, target: Target) -> str:
-    """SHA-256 (hex) of all that the artifact of `stage` depends on.
+class _Known:
+    """What is known of the artifacts of nodes, by id, as the graph is walked."""
 
-    inputs: keys by role. data: digests of the splits of text that it reads, and of how they are cut. The seed counts
-    only where the stage is `seeded`; the target where it `reads_target`; the target, the machine and ONNX Runtime's
-    version where it `measures_hardware`.
-    """
-    ingredients: dict[str, Any] = {
-        "stage": stage.name,
-        "version": stage.version,
-        "config": stage.model_dump(),
-        "inputs": dict(inputs),
-        "data": dict(data),
-    }
-    if stage.seeded:
-        ingredients["seed"] = seed
-    if stage.reads_target or stage.measures_hardware:
-        ingredients["target"] = target.model_dump()
-    if stage.measures_hardware:
-        ingredients["machine"] = this_machine().fingerprint()
-        ingredients["onnxruntime"] = _onnxruntime_version()
-    return _sha256(ingredients)
+    def __init__(self, graph: Graph, keys: dict[str, str]) -> None:
+        self.keys = keys
+        self._shapes: dict[str, ModelShape | None] = {SOURCE: graph.source_shape}
+        self._formats: dict[str, Format] = dict.fromkeys(keys, "torch")
+        self._rounding: set[str] = set()
+
+    def given(self, node: GraphNode) -> Given:
+        """What the stage of `node` is told of its inputs."""
+        shape = self._shapes[node.inputs[INPUT]]
+        assert shape is not None, "a plan is made for a model whose shape is known"
+        formats = {role: self._formats[of] for role, of in node.inputs.items()}
+        return Given(shape, formats, frozenset(role for role, of in node.inputs.items() if of in self._rounding))
+
+    def add(self, node: GraphNode, key: str) -> None:
+        """Note what `node` makes."""
+        self.keys[node.id], self._shapes[node.id], self._formats[node.id] = key, node.shape, node.stage.returns
+        if node.stage.rounds_activations(self.given(node)):
+            self._rounding.add(node.id)
 
 
 def stage_directories(run_dir: Path) -> list[Path]:
@@ -146,20 +153,3 @@ def _directories(run_dir: Path) -> dict[tuple[str, str], Path]:
         assert match is not None
         found[match["stage"], match["key"]] = path
     return found
-
-
-def _onnxruntime_version() -> str:
-    try:
-        return version("onnxruntime")
-    except PackageNotFoundError:
-        return ""
-
-
-def _sha256(value: object) -> str:
-    text = json.dumps(value, sort_keys=True, ensure_ascii=True, separators=(",", ":"), default=_plain)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _plain(value: object) -> object:
-    """What JSON has no word for, in an order that does not depend on the process."""
-    return sorted(value, key=repr) if isinstance(value, (set, frozenset)) else str(value)

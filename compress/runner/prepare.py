@@ -6,8 +6,8 @@ The source model is fetched only where its `config.json` is not at hand.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from compress.pipeline.file import Pipeline
 from compress.pipeline.graph import Graph, resolve
 from compress.runner.plan import Plan, make_plan
 from compress.runner.record import PIPELINE, load_record
-from compress.stage import Reporter
+from compress.stage import SOURCE, Reporter
 
 _SHARED = (
     "warning: %s and %s are both named %r and share %s: a run of one replaces the record and the report of the other, "
@@ -30,15 +30,17 @@ _SHARED = (
 
 @dataclass(frozen=True)
 class Prepared:
-    """A pipeline that is ready to run in `plan.run_dir`. `shape` is the source model's."""
+    """A pipeline that is ready to run in `plan.run_dir`. `shape` is the source model's; `others` are by id."""
 
     pipeline: Pipeline
     source: Source
+    others: Mapping[str, Source]
     data: TextData
     graph: Graph
     shape: ModelShape
     plan: Plan
     reporter: Reporter
+    _fetched: dict[str, Artifact] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @cached_property
     def source_artifact(self) -> Artifact:
@@ -49,6 +51,24 @@ class Prepared:
         if has_tokenizer(folder):
             check_tokenizer(load_tokenizer(folder), self.shape.vocab_size)
         return source_artifact(folder, self.plan.source_key)
+
+    def model(self, id: str) -> Artifact:
+        """The model that the plan starts from under that id, fetched when it is first asked for."""
+        if id == SOURCE:
+            return self.source_artifact
+        if id not in self._fetched:
+            self._fetched[id] = source_artifact(self.others[id].fetch(self.reporter), self.plan.sources[id])
+        return self._fetched[id]
+
+    def resolved(self) -> dict[str, Mapping[str, str]]:
+        """What each model and text turned out to be whose name alone does not say it, as far as it is fetched."""
+        found = {source.text: source.resolved() for source in (self.source, *self.others.values())}
+        return {name: facts for name, facts in (found | self.data.resolved()).items() if facts}
+
+    def shape_of(self, id: str) -> ModelShape:
+        """The shape of that model; of another one that is not fetched yet, the source's stands for it."""
+        config = self.others[id].config() if id in self.others else None
+        return shape_of(config) if config else self.shape
 
 
 @contextlib.contextmanager
@@ -78,10 +98,12 @@ def prepare(pipeline: Pipeline, run_dir: Path, reporter: Reporter) -> Prepared:
     shape = shape_of(config)
     graph = resolve(pipeline, shape)
     data = TextData(pipeline.data)
+    others = {id: parse_source(other.text, id, readable=other.readable) for id, other in graph.models.items()}
+    sources = {id: each.key() for id, each in {SOURCE: source, **others}.items()}
     plan = make_plan(
-        graph, source_key=source.key(), data=data, seed=pipeline.seed, target=pipeline.target, run_dir=run_dir
+        graph, sources=sources, data=data, seed=pipeline.seed, target=pipeline.target, run_dir=run_dir
     )
-    return Prepared(pipeline, source, data, graph, shape, plan, reporter)
+    return Prepared(pipeline, source, others, data, graph, shape, plan, reporter)
 
 
 def _other_file(pipeline: Pipeline, run_dir: Path) -> str | None:

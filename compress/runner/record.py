@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from compress.artifact import write_json
+from compress.artifact import sealed, write_json
 from compress.errors import InvalidInput
 
 RECORD, PIPELINE = "run.json", "pipeline.yaml"
@@ -71,6 +71,8 @@ class RunRecord(_Record):
     """One run: what, where and when it ran, its stages and verdicts.
 
     file: the pipeline file's absolute path; None in records older than this. twin: the plan whose dry run passed.
+    models: the other models that stages read, by the id that their inputs have. resolved: by what the pipeline names,
+    what that was when it was fetched: the SHA-256 of a package's archive, the commit of a hub's model.
     """
 
     name: str
@@ -84,6 +86,8 @@ class RunRecord(_Record):
     target: Mapping[str, Any]
     git_commit: str | None
     source: SourceRecord
+    models: Mapping[str, SourceRecord] = {}
+    resolved: Mapping[str, Mapping[str, str]] = {}
     stages: tuple[StageRecord, ...]
     verdicts: tuple[VerdictRecord, ...] = ()
     twin: str | None = None
@@ -100,7 +104,7 @@ class RunRecord(_Record):
 
     def save(self, run_dir: Path) -> None:
         """Put it in place as `run.json`, whole or not at all."""
-        write_json(run_dir / RECORD, self.model_dump(mode="json"))
+        write_json(run_dir / RECORD, sealed(self.model_dump(mode="json")))
 
 
 def load_record(run_dir: Path) -> RunRecord:

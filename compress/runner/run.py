@@ -22,7 +22,7 @@ from compress.runner.prepare import Prepared, before_any_stage, prepare
 from compress.runner.record import PIPELINE, RunRecord, State, VerdictRecord, load_record
 from compress.runner.twin import try_twin
 from compress.runner.weights import own_figures
-from compress.stage import SOURCE, Reporter
+from compress.stage import Reporter
 
 
 def run_pipeline(
@@ -69,8 +69,9 @@ def _check_means(prepared: Prepared, again: tuple[Step, ...]) -> None:
     """Raises InvalidInput for a source that can't be had or used, and for a disk that can't hold what is to come."""
     todo = tuple(step for step in prepared.plan.steps if not step.is_cached or step in again)
     check_disk(prepared.plan.run_dir, todo_estimates(estimate(prepared), todo))
-    if any(SOURCE in step.node.inputs.values() for step in todo):
-        own_figures(prepared.source_artifact.path, "torch", None)  # reads what its weights say of themselves
+    read = {of for step in todo for of in step.node.inputs.values()}
+    for id in sorted(read & prepared.plan.sources.keys()):
+        own_figures(prepared.model(id).path, "torch", None)  # reads what its weights say of themselves
 
 
 def judged(record: RunRecord, require: Iterable[Requirement]) -> RunRecord:
@@ -88,7 +89,9 @@ def judged(record: RunRecord, require: Iterable[Requirement]) -> RunRecord:
 
 
 def weighed(record: RunRecord, prepared: Prepared) -> RunRecord:
-    """The record with the source's parameters and size, which an earlier run may have noted already."""
+    """The record with the source's parameters and size, which an earlier run may have noted already, and what names
+    were resolved to."""
+    record = record.model_copy(update={"resolved": prepared.resolved()})
     if record.source.parameters is not None:
         return record
     figures = own_figures(prepared.source_artifact.path, "torch", None)
@@ -111,7 +114,7 @@ def first_record(prepared: Prepared, earlier: RunRecord | None) -> RunRecord:
 def _setting(prepared: Prepared) -> Setting:
     pipeline = prepared.pipeline
     return Setting(
-        lambda: prepared.source_artifact, prepared.data, pipeline.seed, pipeline.target, prepared.reporter
+        prepared.model, prepared.data, pipeline.seed, pipeline.target, prepared.reporter
     )
 
 

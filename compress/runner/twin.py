@@ -15,7 +15,6 @@ from typing import Any
 from compress.errors import CompressError, InvalidInput
 from compress.models.anatomy import ModelShape, shape_of
 from compress.models.sources import source_artifact
-from compress.pipeline.graph import Graph
 from compress.runner.execute import Setting, execute
 from compress.runner.journal import Journal, blank_record
 from compress.runner.plan import make_plan
@@ -48,12 +47,14 @@ def try_twin(prepared: Prepared) -> None:
         run_dir.mkdir()
         origin = prepared.source_artifact
         twin = source_artifact(write_twin(origin.path, Path(temporary) / "twin"), "twin")
-        graph = Graph(tuple(replace(node, stage=node.stage.twin()) for node in prepared.graph.nodes))
+        nodes = tuple(replace(node, stage=node.stage.twin()) for node in prepared.graph.nodes)
+        graph = replace(prepared.graph, nodes=nodes)  # the twin teaches, too, where another model does
         pipeline, data = prepared.pipeline, prepared.data
         plan = make_plan(
-            graph, source_key=twin.key, data=data, seed=pipeline.seed, target=pipeline.target, run_dir=run_dir
-        )
-        setting = Setting(lambda: twin, data, pipeline.seed, pipeline.target, Reporter(_log), prefix="twin ")
+            graph, sources=dict.fromkeys(prepared.plan.sources, twin.key), data=data, seed=pipeline.seed,
+            target=pipeline.target, run_dir=run_dir,
+        )  # fmt: skip
+        setting = Setting(lambda id: twin, data, pipeline.seed, pipeline.target, Reporter(_log), prefix="twin ")
         journal = Journal(run_dir, blank_record(pipeline, plan))
         try:
             execute(plan, setting, journal)

@@ -118,7 +118,7 @@ def training_arguments(options: TrainingOptions, work: Path, seed: int, use_cach
     use_cache: what the model's config says, and shall go on saying (Trainer writes its own wish into it).
     """
     common = step_arguments(options, work, seed, options.gradient_accumulation_steps)
-    eval_steps = options.eval_steps or -(-options.num_steps // 4)
+    eval_steps = options.num_steps_between
     arguments = TrainingArguments(
         **common,
         per_device_eval_batch_size=common["per_device_train_batch_size"],

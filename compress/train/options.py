@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from compress.errors import Problem
 from compress.models.anatomy import ModelShape
+from compress.options import counted
+from compress.train.precision import uses_bf16
 
 Precision = Literal["auto", "fp32", "bf16"]
 
@@ -49,6 +51,10 @@ class LossWeights(BaseModel):
                     yield Problem(f"loss.{name}", what, "use kl, which compares logits")
 
 
+HEADLESS_LOSS = LossWeights.model_validate({"kl": 0.0, "hidden": 1.0})
+"""What is minimised where nothing was asked for and the model has no logits to compare."""
+
+
 class StepOptions(BaseModel):
     """How many steps a training takes, and how: in the words of `transformers.TrainingArguments` where it has one."""
 
@@ -77,6 +83,19 @@ class StepOptions(BaseModel):
     def num_tokens(self) -> int:
         """Tokens of all steps together."""
         return self.num_steps * self.batch_size * self.sequence_length
+
+    @property
+    def trained_by(self) -> frozenset[str]:
+        """The libraries that train: numpy draws the order of the text."""
+        return frozenset({"accelerate", "numpy"} | ({"bitsandbytes"} if self.optim == "adamw_8bit" else set()))
+
+    def meant(self, model: ModelShape) -> dict[str, Any]:
+        """What null and auto mean for that model, and None for what has no say, by option: for a stage's key."""
+        return {"precision": "bf16" if uses_bf16(self.precision) else "fp32"}
+
+    def settled_for(self, model: ModelShape) -> dict[str, Any]:
+        """The options that count, as a group of a stage's."""
+        return counted(self, self.meant(model))
 
     def problems(self, model: ModelShape) -> Iterator[Problem]:
         """What does not fit `model`; `where` is the option's name."""
@@ -127,9 +146,23 @@ class TrainingOptions(StepOptions):
     )
 
     @property
+    def num_steps_between(self) -> int:
+        """Steps from one evaluation to the next: a quarter of them where nothing is said."""
+        return self.eval_steps or -(-self.num_steps // 4)
+
+    @property
     def needs_teacher(self) -> bool:
         """Whether a teacher is learnt from, or writes the text."""
         return self.loss.needs_teacher or self.data == "generated"
+
+    def meant(self, model: ModelShape) -> dict[str, Any]:
+        """What null and auto mean for that model, and None for what has no say, by option: for a stage's key."""
+        loss = self.loss if "loss" in self.model_fields_set or model.has_head else HEADLESS_LOSS
+        return {
+            **super().meant(model), "eval_steps": self.num_steps_between, "loss": loss,
+            "temperature": self.temperature if loss.kl else None,
+            "hidden_distance": self.hidden_distance if loss.hidden else None,
+        }  # fmt: skip
 
     def problems(self, model: ModelShape) -> Iterator[Problem]:
         """What does not fit together, or does not fit `model`; `where` is the option's name."""

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
 from compress.errors import InvalidInput, Problem, StageFailed
 from compress.models.anatomy import ModelShape, shape_of
 from compress.quant.bnb import METHOD, misfits
-from compress.stage import SOURCE, Ref, StageContext
+from compress.stage import SOURCE, OtherModel, Ref, StageContext
 from compress.train.options import LossWeights, TrainingOptions
 
 if TYPE_CHECKING:
@@ -41,13 +41,26 @@ class TaughtOptions(TrainingOptions):
     teacher_bits: Literal[4, 8] | None = Field(None, description="load the teacher in 4 or 8 bits by bitsandbytes")
 
     @property
-    def teachers(self) -> Mapping[str, Ref]:
-        """The teacher by its role, where it is a stage of this pipeline and one is needed."""
-        return {TEACHER: Ref(self.teacher)} if self.needs_teacher and self.teacher_model is None else {}
+    def teachers(self) -> Mapping[str, Ref | OtherModel]:
+        """The teacher by its role, where one is needed."""
+        if not self.needs_teacher:
+            return {}
+        return {TEACHER: Ref(self.teacher) if self.teacher_model is None else _other(self.teacher_model)}
+
+    @property
+    def taught_by(self) -> frozenset[str]:
+        """The libraries that train, and those that hold the teacher."""
+        in_bits = self.teacher_bits or (self.teacher_model and _is_in_bits(self.teacher_model))
+        return self.trained_by | ({"bitsandbytes"} if in_bits and self.needs_teacher else set())
 
     def reads(self) -> frozenset[Literal["train", "eval"]]:
         """The splits of the text that are read: none to train on where the teacher writes it."""
         return frozenset({"eval"}) if self.data == "generated" else frozenset({"train", "eval"})
+
+    def meant(self, model: ModelShape) -> dict[str, Any]:
+        """What null and auto mean for that model, and None for what has no say; who teaches is told by an input."""
+        bits = self.teacher_bits if self.needs_teacher else None
+        return {**super().meant(model), "teacher": None, "teacher_model": None, "teacher_bits": bits}
 
     def problems(self, model: ModelShape) -> Iterator[Problem]:
         """What does not fit together, or does not fit `model` or its teacher; `where` is the option's name."""
@@ -86,8 +99,6 @@ class TaughtOptions(TrainingOptions):
         return teacher if self.loss.needs_teacher else None, *ids
 
     def _teacher_folder(self, context: StageContext) -> Path | None:
-        if self.teacher_model is not None:
-            return _source(self.teacher_model).fetch(context.reporter)
         artifact = context.inputs.get(TEACHER)
         if artifact is not None and artifact.format != "torch":
             what = f"{self.teacher!r} is of the format {artifact.format}"
@@ -131,8 +142,19 @@ def _misfits(teacher: ModelShape, model: ModelShape, loss: LossWeights) -> Itera
     yield from loss.misfits(model, teacher)
 
 
+def _is_in_bits(teacher_model: str) -> bool:
+    """Whether that teacher's weights are bitsandbytes' (only a folder's can be). Raises InvalidInput as `_shape`."""
+    return bool((_source(teacher_model).config() or {}).get("quantization_config"))
+
+
 def _source(teacher_model: str) -> Source:
-    """Where that teacher comes from; its weights may be bitsandbytes'."""
+    """Where that teacher comes from."""
     from compress.models.sources import parse_source
 
-    return parse_source(teacher_model, "teacher_model", readable=(METHOD,))
+    other = _other(teacher_model)
+    return parse_source(other.text, "teacher_model", readable=other.readable)
+
+
+def _other(teacher_model: str) -> OtherModel:
+    """That teacher, whose weights may be bitsandbytes'."""
+    return OtherModel(teacher_model, (METHOD,))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from compress.errors import StageFailed
-from compress.train.options import LossWeights, TrainingOptions
+from compress.train.options import HEADLESS_LOSS, TrainingOptions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -39,7 +39,7 @@ def fitting_loss(options: Options, *, has_logits: bool) -> Options:
         return options
     if "loss" in options.model_fields_set:
         raise StageFailed("loss", "the model is a backbone without logits", "use loss: {kl: 0, hidden: 1}")
-    return options.model_copy(update={"loss": LossWeights.model_validate({"kl": 0.0, "hidden": 1.0})})
+    return options.model_copy(update={"loss": HEADLESS_LOSS})
 
 
 def layer_map(num_student: int, num_teacher: int, dropped: Collection[int] = ()) -> Sequence[tuple[int, int]]:

@@ -12,9 +12,10 @@ from pydantic import Field
 from compress.artifact import Format, Metrics
 from compress.errors import Problem, StageFailed
 from compress.models.anatomy import ModelShape
+from compress.options import counted
 from compress.quant import bnb
 from compress.quant.schemes import SCHEMES, Scheme
-from compress.stage import Stage, StageContext
+from compress.stage import INPUT, Given, Stage, StageContext
 
 if TYPE_CHECKING:
     import numpy as np
@@ -41,6 +42,9 @@ class ExportOnnx(Stage):
     accepts: ClassVar[frozenset[Format]] = frozenset({"torch", "quantized"})
     returns: ClassVar[Format] = "onnx"
     reads_target: ClassVar[bool] = True
+    libraries: ClassVar[frozenset[str]] = frozenset(
+        {"torch", "transformers", "optimum", "onnx", "onnxruntime", "python"}  # whose documentation is compared on
+    )
 
     format: Literal["auto", "fp32", "int8", "int4"] = Field(
         "auto",
@@ -99,6 +103,18 @@ class ExportOnnx(Stage):
     def reads(self) -> frozenset[Literal["train", "eval"]]:
         """The text that an int8 cache is fitted to, and that which its loss is measured on."""
         return frozenset({"train", "eval"}) if self.kv_cache == "int8" else self.splits
+
+    def settled(self, given: Given) -> Mapping[str, Any]:
+        """Floats have one format; of quantised weights the format is the input's."""
+        is_float = given.formats[INPUT] == "torch"
+        return counted(self, {"format": "fp32" if is_float else None if self.format == "auto" else self.format})
+
+    def rounds_activations(self, given: Given) -> bool:
+        return super().rounds_activations(given) or self.kv_cache == "int8"
+
+    def depends_on_cpu(self, given: Given) -> bool:
+        """Where what is rounded is compared with torch."""
+        return self.rounds_activations(given)
 
     def weight_bytes(self, model: ModelShape, before: float) -> float:
         """Estimated bytes: float32 of what was not quantised before."""

@@ -12,9 +12,10 @@ from compress.benchmarks.evaluate import Evaluate
 from compress.benchmarks.latency import Latency, race
 from compress.errors import Problem, RequirementMissed
 from compress.models.anatomy import ModelShape
+from compress.options import counted
 from compress.pipeline.require import RESULT, Verdict
 from compress.registry import stage_class
-from compress.stage import INPUT, Ref, Stage, StageContext
+from compress.stage import INPUT, Given, Ref, Stage, StageContext
 from compress.stages.choose.budget import Budget
 from compress.stages.choose.options import FLOAT, ChooseOptions, Way, Weights
 from compress.units import Units
@@ -36,6 +37,7 @@ class ChooseFormat(ChooseOptions, Stage):
     accepts: ClassVar[frozenset[Format]] = frozenset({"torch"})
     returns: ClassVar[Format] = "onnx"
     measures_hardware: ClassVar[bool] = True
+    libraries: ClassVar[frozenset[str]] = frozenset({"onnxruntime"})
     example: ClassVar[Mapping[str, Any]] = {"schemes": [FLOAT, "w4-block32"], "prompts": [64]}
 
     def inputs(self) -> Mapping[str, Ref]:
@@ -46,6 +48,20 @@ class ChooseFormat(ChooseOptions, Stage):
             found[name] = Ref(INPUT, via=way)
             found[name + QUALITY] = Ref(INPUT, via=(*way, ("evaluate", judging)))
         return found
+
+    def settled(self, given: Given) -> Mapping[str, Any]:
+        """What is chosen among and by; how candidates are made and judged is told by inputs."""
+        is_decoder = given.shape.family.kind == "decoder"
+        usual = Budget.usual({"perplexity": 1.0}) if is_decoder else "usual"
+        prefer = {phase: float(weight) for phase, weight in self._weights.items() if weight}
+        return counted(self, {
+            **dict.fromkeys(("quantize", "export", "tokens", "sequence_length")), "schemes": tuple(self.ways()),
+            "budget": self.budget or usual, "prefer": prefer if is_decoder else None,
+        })  # fmt: skip
+
+    def rounds_activations(self, given: Given) -> bool:
+        """Whichever it takes, this machine is in its key already."""
+        return True
 
     def check(self, model: ModelShape) -> Iterator[Problem]:
         """Prompts beyond the model, and what a model of its kind has no figures for."""

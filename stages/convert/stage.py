@@ -12,8 +12,9 @@ from compress.artifact import Format, Metrics
 from compress.errors import Problem
 from compress.mixers.spec import SPECS, WINDOWED, MixerSpec
 from compress.models.anatomy import ModelShape
-from compress.models.layer_choice import Layers, LayersOrNone
-from compress.stage import SOURCE, Ref, Stage, StageContext
+from compress.models.layer_choice import Layers, LayersOrNone, count
+from compress.options import counted
+from compress.stage import SOURCE, Given, Ref, Stage, StageContext
 from compress.stages.convert.layers import (
     To,
     at_random,
@@ -58,7 +59,6 @@ class ConvertAttention(Stage):
     accepts: ClassVar[frozenset[Format]] = frozenset({"torch"})
     returns: ClassVar[Format] = "torch"
     splits: ClassVar[frozenset[Literal["train", "eval"]]] = frozenset({"train", "eval"})
-    seeded: ClassVar[bool] = True
     example: ClassVar[Mapping[str, Any]] = {"to": "linear", "convert": 1}
 
     to: To = Field(
@@ -109,18 +109,44 @@ class ConvertAttention(Stage):
             raise ValueError("a window of 0 tokens shows a sliding layer nothing: give at least 1")
         if self.feature_map is not None and self.to not in WINDOWED:
             raise ValueError(f"feature_map is for linear and gated-linear, and {self.to} has none to choose: remove it")
-        listed = isinstance(self.keep, tuple) or isinstance(self.convert, tuple)
-        if self.select == "explicit" and not listed:
+        if self.select == "explicit" and not self._listed:
             raise ValueError("select: explicit needs a list of layers: give keep or convert as a list")
-        if listed and self.select != "explicit" and "select" in self.model_fields_set:
+        if self._listed and self.select != "explicit" and "select" in self.model_fields_set:
             raise ValueError("select has no say where the layers are listed: remove it, or give a number")
         return self
 
     def reads(self) -> frozenset[Literal["train", "eval"]]:
-        """No training text where the teacher writes all of it; the eval split where the whole model is trained."""
-        sources = (self.align_options, *self.trainings.values())
+        """No training text where none is trained or judged on; the eval split where the whole model is trained."""
+        sources = [*self.trainings.values(), *([self.align_options] if self._may_measure else [])]
         written = all(each.data == "generated" for each in sources)
         return self.splits - ({"train"} if written else set()) - (set() if self.distill else {"eval"})
+
+    def uses_seed(self) -> bool:
+        """Where anything is trained or drawn."""
+        drawn = self.init == "random" or (self.select == "random" and not self._every and not self._listed)
+        return drawn or bool(self.trainings) or (self.select == "kl" and self._may_measure)
+
+    def settled(self, given: Given) -> Mapping[str, Any]:
+        """With numbers of layers for shares, and the teacher told by an input."""
+        model, total = given.shape, given.shape.num_hidden_layers
+        asked = {name: value for name in ("keep", "convert") if (value := getattr(self, name))}
+        number = {name: sorted(v) if isinstance(v, tuple) else count(v, total) for name, v in asked.items()}
+        chosen = not self._every and not self._listed
+        measures = self._may_measure and (model.layers_guessed or self.preselected(model, 0) is None)
+        meant = {
+            "keep": None, "convert": None, **number, "teacher": None, "window": self.window_in(model) or None,
+            "feature_map": (self.feature_map or "hedgehog") if self.to in WINDOWED else None,
+            "select": self.select if chosen else None, "select_tokens": self.select_tokens if measures else None,
+            "kl_tokens": self.kl_tokens if measures and self.select == "kl" else None,
+            **{name: options.settled_for(model) for name, options in self.trainings.items()},
+        }  # fmt: skip
+        if measures and not self.distill and (self.select == "kl" or not self.align):  # judged as by default, then
+            return {**counted(self, meant), "judge": HybridTraining.model_validate({}).settled_for(model)}
+        return counted(self, meant)
+
+    def computes_with(self, given: Given) -> frozenset[str]:
+        trained = [*self.trainings.values(), *([_TRAINING] if self.select == "kl" and self._may_measure else [])]
+        return self.libraries.union(*(each.trained_by for each in trained))
 
     def inputs(self) -> Mapping[str, Ref]:
         """The teacher."""
@@ -163,10 +189,10 @@ class ConvertAttention(Stage):
 
     def twin(self) -> Self:
         """One layer converted, or all of them, in two steps of each training."""
-        every = self.convert is None and self.keep in (None, 0)
         align = self.align and self.align.twin()
         changes = {
-            "keep": None, "convert": None if every else 1, "window": 8 if self.sliding_window else self.window and 8,
+            "keep": None, "convert": None if self._every else 1,
+            "window": 8 if self.sliding_window else self.window and 8,
             "select": "uniform" if self.select == "explicit" else self.select, "kl_tokens": 1,
             "select_tokens": (align or _ALIGN).sequence_length, "align": align,
             "distill": self.distill and self.distill.model_copy(update=self.distill.twin_options()),
@@ -184,6 +210,21 @@ class ConvertAttention(Stage):
         save_model(conversion.model, context.input.path, context.out)
         write_records(self, conversion, context)
         return metrics(conversion, context)
+
+    @property
+    def _listed(self) -> bool:
+        """Whether the options say which layers, and not how many."""
+        return isinstance(self.keep, tuple) or isinstance(self.convert, tuple)
+
+    @property
+    def _every(self) -> bool:
+        """Whether every layer that can be converted is."""
+        return self.convert is None and self.keep in (None, 0)
+
+    @property
+    def _may_measure(self) -> bool:
+        """Whether it is measured which layers to convert, unless their number leaves no choice."""
+        return self.select in ("kl", "kl-proxy") and not self._listed and not self._every
 
     @property
     def trainings(self) -> Mapping[str, StepOptions]:

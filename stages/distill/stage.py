@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 from compress.artifact import Format, Metrics
 from compress.errors import Problem
 from compress.models.anatomy import ModelShape
-from compress.stage import Ref, Reporter, Stage, StageContext
+from compress.options import counted
+from compress.stage import Given, OtherModel, Ref, Reporter, Stage, StageContext
 from compress.train.taught import TaughtOptions, answering_layers, figures
 
 if TYPE_CHECKING:
@@ -35,9 +36,15 @@ class Distill(TaughtOptions, Stage):
     returns: ClassVar[Format] = "torch"
     seeded: ClassVar[bool] = True
 
-    def inputs(self) -> Mapping[str, Ref]:
-        """The teacher, where it is a stage of this pipeline and one is needed."""
+    def inputs(self) -> Mapping[str, Ref | OtherModel]:
+        """The teacher, where one is needed."""
         return self.teachers
+
+    def settled(self, given: Given) -> Mapping[str, Any]:
+        return counted(self, self.meant(given.shape))
+
+    def computes_with(self, given: Given) -> frozenset[str]:
+        return self.libraries | self.taught_by
 
     def check(self, model: ModelShape) -> Iterator[Problem]:
         """What does not fit together or does not fit the model or its teacher."""

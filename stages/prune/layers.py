@@ -12,7 +12,8 @@ from compress.artifact import Format, Metrics, write_json
 from compress.errors import Problem
 from compress.models.anatomy import ModelShape
 from compress.models.layer_choice import Layers, count
-from compress.stage import Stage, StageContext
+from compress.options import counted
+from compress.stage import Given, Stage, StageContext
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,8 +31,6 @@ class PruneLayers(Stage):
     summary: ClassVar[str] = "leave out the layers that the model misses least"
     accepts: ClassVar[frozenset[Format]] = frozenset({"torch"})
     returns: ClassVar[Format] = "torch"
-    splits: ClassVar[frozenset[Literal["train", "eval"]]] = frozenset({"train"})
-    seeded: ClassVar[bool] = True
     example: ClassVar[Mapping[str, Any]] = {"drop": 1}
 
     keep: Layers | None = Field(None, description="layers to keep: a number, a share (0.8) or a list of indices from 0")
@@ -54,6 +53,24 @@ class PruneLayers(Stage):
         if "by" in self.model_fields_set and isinstance(self._asked[1], tuple):
             raise ValueError(f"by has no say where {self._asked[0]} lists the layers: remove by, or give a number")
         return self
+
+    def reads(self) -> frozenset[Literal["train", "eval"]]:
+        """The text that layers are scored on, where they are."""
+        return frozenset({"train"}) if self._scores else frozenset()
+
+    def uses_seed(self) -> bool:
+        return self.by == "random" and not isinstance(self._asked[1], tuple)
+
+    def settled(self, given: Given) -> Mapping[str, Any]:
+        """Which layers stay, or how many and how they are chosen."""
+        option, asked = self._asked
+        total = given.shape.num_hidden_layers
+        keep: int | list[int] = self._num_kept(total)
+        if isinstance(asked, tuple):
+            keep = sorted(set(asked) if option == "keep" else set(range(total)) - set(asked))
+        meant: dict[str, Any] = {"keep": keep, "drop": None, "by": None if isinstance(asked, tuple) else self.by}
+        text = {"tokens": self._budget} if self._scores else {"tokens": None, "sequence_length": None}
+        return counted(self, meant | text)
 
     def check(self, model: ModelShape) -> Iterator[Problem]:
         """Whether the model has these layers, and takes text blocks of this length."""
@@ -105,7 +122,8 @@ class PruneLayers(Stage):
         drop_layers(model, choice.dropped)
         save_model(model, context.input.path, context.out)
         options = self.model_dump(mode="json", exclude_none=True)
-        write_json(context.out / "scores.json", {"options": options, "seed": context.seed, **asdict(choice)})
+        drawn = {"seed": context.seed} if self.uses_seed() else {}
+        write_json(context.out / "scores.json", {"options": options, **drawn, **asdict(choice)})
         if choice.rounds:
             plot_scores(choice, total, context.out / "scores.png")
         num_parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -118,6 +136,11 @@ class PruneLayers(Stage):
             return "keep", self.keep
         assert self.drop is not None
         return "drop", self.drop
+
+    @property
+    def _scores(self) -> bool:
+        """Whether what layers do on text decides."""
+        return not isinstance(self._asked[1], tuple) and self.by not in ("uniform", "random")
 
     @property
     def _budget(self) -> int:

@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field
 
 from compress.artifact import Format, Metrics
 from compress.errors import Problem
 from compress.models.anatomy import ModelShape
+from compress.options import counted
 from compress.quant.options import QuantizeOptions, SchemeKey
 from compress.quant.schemes import SCHEMES, Scheme
-from compress.stage import Ref, Stage, StageContext
+from compress.stage import Given, OtherModel, Ref, Stage, StageContext
 from compress.train.taught import TaughtOptions, figures
 
 
@@ -51,9 +52,31 @@ class Qat(TaughtOptions, QuantizeOptions, Stage):
     )
     calibration_tokens: int = Field(8192, ge=0, description="training tokens that the start is fitted on")
 
-    def inputs(self) -> Mapping[str, Ref]:
-        """The teacher, where it is a stage of this pipeline and one is needed."""
+    def inputs(self) -> Mapping[str, Ref | OtherModel]:
+        """The teacher, where one is needed."""
         return self.teachers
+
+    def settled(self, given: Given) -> Mapping[str, Any]:
+        return counted(self, self.meant(given.shape))
+
+    def computes_with(self, given: Given) -> frozenset[str]:
+        return self.libraries | self.taught_by
+
+    def rounds_activations(self, given: Given) -> bool:
+        return self.rounds
+
+    def meant(self, model: ModelShape) -> dict[str, Any]:
+        """What null and auto mean for that model, and None for what has no say in any phase."""
+        starts = [self.start(scheme) for scheme in (*self.warm_start, self.scheme)]
+        phases = [start.meant(model) for start in starts]
+        silent = {name for name in phases[0] if all(name in phase and phase[name] is None for phase in phases)}
+        tables = {name: tuple(dict.fromkeys(phase[name] for phase in phases)) for name in ("embeddings", "head")}
+        return {
+            **tables, **dict.fromkeys(silent - {"tokens", "sequence_length"}), **super().meant(model),
+            "calibration_tokens": self.calibration_tokens if any(start.needs_text for start in starts) else None,
+            "scale_learning_rate": None if self.learn == "weights" else self.scale_learning_rate,
+            "eval_steps": self.eval_steps or ("a quarter" if self.warm_start else self.num_steps_between),
+        }  # fmt: skip
 
     def check(self, model: ModelShape) -> Iterator[Problem]:
         """What does not fit together, or does not fit the model or its teacher."""

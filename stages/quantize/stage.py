@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, ClassVar, Literal, Self
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import Field
 
 from compress.artifact import Format, Metrics, write_json
 from compress.errors import Problem
 from compress.models.anatomy import ModelShape
+from compress.options import counted
 from compress.quant import bnb
 from compress.quant.options import QuantizeOptions, SchemeKey
-from compress.stage import Stage, StageContext
+from compress.stage import Given, Stage, StageContext
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -55,6 +56,15 @@ class Quantize(QuantizeOptions, Stage):
     def reads(self) -> frozenset[Literal["train", "eval"]]:
         """The text that weights and ranges are fitted on, where any is."""
         return frozenset({"train"}) if self.needs_text else frozenset()
+
+    def settled(self, given: Given) -> Mapping[str, Any]:
+        return {"scheme": self.scheme} if self.scheme in bnb.BITS else counted(self, self.meant(given.shape))
+
+    def computes_with(self, given: Given) -> frozenset[str]:
+        return self.libraries | ({bnb.METHOD} if self.scheme in bnb.BITS else set())
+
+    def rounds_activations(self, given: Given) -> bool:
+        return self.scheme not in bnb.BITS and self.rounds
 
     def weight_bytes(self, model: ModelShape, before: float) -> float:
         """What is written with these options."""

@@ -23,7 +23,7 @@ def test_torch_and_onnx_agree(scheme: str, tolerance: float, pico: Callable[[str
     own = {"tokens": 256, "sequence_length": 64} if scheme.startswith("w8a8") else {}
     measure = {"evaluate": {"tokens": 512, "sequence_length": 64}}
     content = {
-        "name": "p", "model": str(pico("llama")), "data": {"train": "python-docs", "sequence_length": 64},
+        "name": "p", "model": str(pico("llama")), "data": {"train": "python-docs"},
         "target": {"threads": 1},
         "stages": [{"quantize": {"scheme": scheme, "method": "rtn", **own}}, measure, "export-onnx", measure],
     }  # fmt: skip

@@ -154,7 +154,7 @@ def test_it_is_distilled_towards_the_model_that_it_was(tmp_path: Path) -> None:
 
 def test_a_pipeline_takes_a_converted_folder_as_its_model(hybrid: Callable[[str], Path], tmp_path: Path) -> None:
     content = {
-        "name": "hybrid", "model": str(hybrid("llama")), "data": {"train": "python-docs", "sequence_length": 64},
+        "name": "hybrid", "model": str(hybrid("llama")), "data": {"train": "python-docs"},
         "stages": [{"prune-layers": {"keep": [0, 1, 3]}}, {"quantize": {"method": "rtn"}}],
     }  # fmt: skip
     (tmp_path / "pipeline.yaml").write_text(json.dumps(content))

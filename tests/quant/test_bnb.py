@@ -64,7 +64,7 @@ def made(wide: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) 
 
 
 def write(folder: Path, model: Path, *stages: Any) -> Path:
-    head = {"name": "p", "model": str(model), "data": {"train": "python-docs", "sequence_length": 64}}
+    head = {"name": "p", "model": str(model), "data": {"train": "python-docs"}}
     (folder / "p.yaml").write_text(yaml.safe_dump({**head, "stages": list(stages)}), "utf-8")
     return folder / "p.yaml"
 

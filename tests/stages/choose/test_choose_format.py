@@ -34,7 +34,7 @@ SMALL = {
 
 def write(folder: Path, model: Path, stages: list[Any], name: str = "p") -> Path:
     file = folder / f"{name}.yaml"
-    data = {"train": "python-docs", "sequence_length": 64}
+    data = {"train": "python-docs"}
     head = {"name": "p", "model": str(model), "data": data, "target": {"threads": 1}}
     file.write_text(yaml.safe_dump({**head, "stages": stages}), "utf-8")
     return file
