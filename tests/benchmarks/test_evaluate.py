@@ -49,7 +49,8 @@ def evaluate(
     stage = Evaluate(sequence_length=LENGTH, tokens=LENGTH * BLOCKS, **options)
     inputs = {"input": artifact(subject), "source": artifact(source)}
     data: Any = FixedText()
-    context = StageContext(out, tmp_path, inputs, data, seed=0, target=Target(threads=1), reporter=reporter or Reporter())
+    target, reporter = Target(threads=1), reporter or Reporter()
+    context = StageContext(out, tmp_path, inputs, data, seed=0, target=target, reporter=reporter)
     return dict(stage.run(context)), out
 
 
