@@ -250,10 +250,9 @@ def test_a_model_without_a_head_is_taught_by_its_layers() -> None:
 @pytest.mark.parametrize("stage", ["distill", "qat"])
 def test_a_teacher_is_known_by_its_content(stage: str, tmp_path: Path) -> None:
     teacher = fakes.make_model(tmp_path / "teacher")
-    options = {"teacher_model": str(teacher), "sequence_length": 32, "scheme": "w4-block32"}
-    if stage == "distill":
-        del options["scheme"]
-    file = fakes.make_pipeline(tmp_path, fakes.make_model(tmp_path / "model"), stages=["evaluate", {stage: options}])
+    options = {"teacher_model": str(teacher), "sequence_length": 32}
+    stages = [{"evaluate": {"sequence_length": 32}}, {stage: options}]
+    file = fakes.make_pipeline(tmp_path, fakes.make_model(tmp_path / "model"), stages=stages)
 
     def keys() -> dict[str, str]:
         steps = prepare(load_pipeline(file), tmp_path / "run", Reporter()).plan.steps
