@@ -22,7 +22,8 @@ from compress import registry
 from compress.artifact import Metrics, write_json
 from compress.errors import StageFailed
 from compress.models.anatomy import ModelShape
-from compress.stage import SOURCE, Ref, Stage, StageContext
+from compress.options import counted
+from compress.stage import SOURCE, Given, OtherModel, Ref, Stage, StageContext
 
 CONFIG = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "num_hidden_layers": 4, "hidden_size": 8,
@@ -45,6 +46,13 @@ class FakeShrink(Stage):
     sleep: float = 0.0
     fail: Literal["", "user", "bug", "disk", "interrupt"] = ""
     fail_on_twin: bool = False
+    teacher_model: str | None = None
+
+    def inputs(self) -> Mapping[str, Ref | OtherModel]:
+        return {"teacher": OtherModel(self.teacher_model)} if self.teacher_model else {}
+
+    def settled(self, given: Given) -> Mapping[str, Any]:
+        return counted(self, {"teacher_model": None})
 
     def twin(self) -> FakeShrink:
         return self.model_copy(update={"fail": "user" if self.fail_on_twin else ""})
@@ -67,6 +75,8 @@ class FakeShrink(Stage):
         halved = {name: value / np.float32(self.by) for name, value in tensors.items()}
         save_file(halved, context.out / "model.safetensors")
         (context.out / "config.json").write_text((context.input.path / "config.json").read_text())
+        if self.teacher_model:
+            assert (context.inputs["teacher"].path / "model.safetensors").is_file()
         return {"result": {"steps_done": float(self.steps)}, "input": {"loss": 3.0}}
 
 

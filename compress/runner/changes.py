@@ -86,7 +86,9 @@ def _changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[
 
 def _words(kind: str, name: str, old: Any, new: Any, inputs: Mapping[str, str]) -> str:
     if kind == "inputs":
-        return f"{name} {inputs[name]} is new" if name in inputs else f"reads no {name} any more"
+        id = inputs.get(name, "")
+        is_named = id.startswith(f"{name}:")  # another model: its id says what it is for
+        return f"{id if is_named else f'{name} {id}'} is new" if id else f"reads no {name} any more"
     if kind == "text":
         return f"text of {name} " + ("is read now" if old is None else "is not read" if new is None else "changed")
     if name == "flags":

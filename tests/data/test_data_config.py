@@ -75,7 +75,7 @@ def test_an_unreadable_file_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "data",
     [
-        {"trian": "python-docs"}, {"train": []}, {"train": ""}, {"train": 3}, {"eval_share": 0}, {"sequence_length": 1},
+        {"trian": "python-docs"}, {"train": []}, {"train": ""}, {"train": 3}, {"eval_share": 0}, {"eval_share": 1},
         {"train": {"path": "a", "textkey": "b"}}, {"train": {"dataset": "org/name", "splitt": "x"}}, {"train": {}},
         {"train": {"dataset": "https://host/name"}},
     ],

@@ -33,6 +33,17 @@ def test_our_own_packages_are_pinned() -> None:
     assert package.sha256 == "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 
 
+@pytest.mark.parametrize("version", ["1", "1.2", "1.x", "1.2.x", "1.2.3.4", "01", "1.2.3-"])
+def test_a_range_of_npm_versions_is_refused_with_an_exact_one_to_write(version: str) -> None:
+    with pytest.raises(InvalidInput, match=rf"'{version}' is a range of versions of @s/a.*npm://@s/a/1\.2\.3/x/\*"):
+        Package.parse(f"npm://@s/a/{version}/x/*", "data.train")
+
+
+@pytest.mark.parametrize("version", ["1.2.3", "0.0.1-rc.1", "1.0.0+build.5", "1.0.0-x-y.z"])
+def test_an_exact_npm_version_is_taken(version: str) -> None:
+    assert Package.parse(f"npm://a/{version}/x", "data.train").version == version
+
+
 @pytest.mark.parametrize(
     "uri",
     ["pypi://a", "pypi://a/1", "pypi://a/1/", "pypi://-rf/1/x", "pypi://a/--help/x", "pypi://a/1/../x", "npm://@s/1.0.0",

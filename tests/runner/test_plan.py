@@ -15,19 +15,23 @@ from safetensors.numpy import save_file
 
 from compress.errors import CompressError
 from compress.hardware import Machine
-from compress.runner.plan import stage_key
+from compress.models.anatomy import shape_of
+from compress.runner.key import ingredients_of, key_of
 from compress.runner.twin import twin_config
 from compress.runner.weights import count_parameters, own_figures
-from compress.stage import Target
+from compress.stage import Given, Target
 
 SHRINK, MEASURE = fakes.FakeShrink(), fakes.FakeMeasure()
 KEYS = {"input": "a" * 64, "teacher": "b" * 64}
 DATA = {"train": "c" * 64}
-TARGET = Target()
+GIVEN = Given(shape_of(fakes.CONFIG), {"input": "torch", "teacher": "torch"})
 
 
-def key(stage: fakes.Stage = SHRINK, inputs: dict[str, str] = KEYS, data: dict[str, str] = DATA, seed: int = 0) -> str:
-    return stage_key(stage, inputs, data=data, seed=seed, target=TARGET)
+def key(
+    stage: fakes.Stage = SHRINK, inputs: dict[str, str] = KEYS, data: dict[str, str] = DATA, seed: int = 0,
+    threads: int = 2,
+) -> str:  # fmt: skip
+    return key_of(ingredients_of(stage, GIVEN, inputs, text=data, seed=seed, target=Target(threads=threads)))
 
 
 class Newer(fakes.FakeShrink):
@@ -56,18 +60,18 @@ def test_what_does_not_matter_does_not_change_the_key(monkeypatch: pytest.Monkey
     assert key(fakes.FakeShrink(by=2.0)) == key()
     assert key(inputs=dict(reversed(KEYS.items()))) == key()
     assert key(MEASURE, seed=1) == key(MEASURE)  # not seeded
-    slower = stage_key(SHRINK, KEYS, data=DATA, seed=0, target=Target(threads=7))
-    monkeypatch.setattr("compress.runner.plan.this_machine", lambda: Machine("other", (), 1, 1.0, "Linux"))
+    slower = key(threads=7)
+    monkeypatch.setattr("compress.runner.key.this_machine", lambda: Machine("other", (), 1, 1.0, "Linux"))
     assert slower == key()  # measures nothing
 
 
 def test_a_measurement_belongs_to_machine_target_and_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
     before = key(MEASURE)
-    assert stage_key(MEASURE, KEYS, data=DATA, seed=0, target=Target(threads=7)) != before
+    assert key(MEASURE, threads=7) != before
     with monkeypatch.context() as patch:
-        patch.setattr("compress.runner.plan.this_machine", lambda: Machine("other", (), 1, 1.0, "Linux"))
+        patch.setattr("compress.runner.key.this_machine", lambda: Machine("other", (), 1, 1.0, "Linux"))
         assert key(MEASURE) != before
-    monkeypatch.setattr("compress.runner.plan.version", lambda package: "0.0")
+    monkeypatch.setattr("compress.hardware.version", lambda package: "0.0")
     assert key(MEASURE) != before
 
 
@@ -75,10 +79,7 @@ def test_what_is_written_for_a_target_belongs_to_it() -> None:
     class ForTarget(fakes.FakeShrink):
         reads_target: ClassVar[bool] = True
 
-    two, seven = (
-        stage_key(ForTarget(), KEYS, data=DATA, seed=0, target=Target(threads=threads)) for threads in (2, 7)
-    )
-    assert two != seven
+    assert key(ForTarget(), threads=2) != key(ForTarget(), threads=7)
 
 
 def test_keys_are_the_same_in_every_process() -> None:

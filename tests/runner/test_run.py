@@ -11,10 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import fakes
+import numpy as np
 import pytest
+from packed import Registry
+from safetensors.numpy import save_file
 
 from compress import registry
 from compress.cli.gc import unreferenced
+from compress.data.config import DataConfig
+from compress.data.text import TextData
 from compress.errors import CompressError, ExitCode, InvalidInput
 from compress.pipeline.file import load_pipeline
 from compress.runner.lock import locked
@@ -95,6 +100,51 @@ def test_a_change_reaches_what_comes_after_and_nothing_else(run: Run, tmp_path: 
     }  # fmt: skip
     assert set(states(run()).values()) == {"cached"}  # and going back loses nothing
     assert len(unreferenced(tmp_path / "runs/pico")) == 6
+
+
+def test_other_weights_in_the_teachers_folder_are_another_teacher(run: Run, tmp_path: Path) -> None:
+    teacher = fakes.make_model(tmp_path / "teacher")
+    stages = ["fake-measure", {"fake-shrink": {"teacher_model": str(teacher)}}, "fake-export"]
+    first = run(stages=stages)
+    shrink = first.stage("fake-shrink")
+    assert shrink.inputs == {"input": "source", "teacher": f"teacher:{teacher}"}
+    assert first.models[shrink.inputs["teacher"]].name == str(teacher)
+    manifest = json.loads((tmp_path / "runs/pico" / shrink.directory / "artifact.json").read_text())
+    assert manifest["lineage"][1] == f"teacher: teacher:{teacher} {first.models[f'teacher:{teacher}'].key}"
+    assert str(teacher) in (tmp_path / "runs/pico/report.md").read_text()
+    assert set(states(run(stages=stages)).values()) == {"cached"}
+    save_file({"a.weight": np.zeros((8, 8), np.float32)}, teacher / "model.safetensors")
+    again = states(run(stages=stages))
+    assert again == {
+        "source/fake-export": "cached", "fake-measure": "cached", "fake-shrink": "done", "fake-export": "done",
+    }  # fmt: skip
+    shutil.move(teacher, tmp_path / "moved")
+    stages[1] = {"fake-shrink": {"teacher_model": str(tmp_path / "moved")}}
+    assert set(states(run(stages=stages)).values()) == {"cached"}, "it is known by its content, not by its place"
+
+
+def test_what_a_package_was_is_recorded_and_reported(run: Run, tmp_path: Path) -> None:
+    texts = {split: "".join(f"{split} line {i} of it, {i * i}.\n" for i in range(50)) for split in ("train", "eval")}
+    registry = Registry({f"{split}.txt": text.encode() for split, text in texts.items()})
+    data = {split: f"npm://texts/1.2.3/{split}.txt" for split in texts} | {"max_overlap": 1.0}
+    TextData(DataConfig(**data), registry).digest("train")
+    record = run(data=data)
+    (sha256,) = {facts["sha256"] for facts in record.resolved.values()}
+    assert set(record.resolved) == {data["train"], data["eval"]}
+    assert len(sha256) == 64
+    for report in ("report.md", "report.html"):
+        assert f"{data['train']}: sha256 {sha256}" in (tmp_path / "runs/pico" / report).read_text()
+
+
+def test_a_teacher_that_can_not_be_used_is_refused_before_anything_runs(run: Run, tmp_path: Path) -> None:
+    teacher = fakes.make_model(tmp_path / "teacher")
+    (teacher / "model.safetensors").write_bytes(b"cut short")
+    with pytest.raises(InvalidInput, match="is not a whole safetensors file"):
+        run(stages=[{"fake-shrink": {"teacher_model": str(teacher)}}])
+    shutil.rmtree(teacher)
+    with pytest.raises(InvalidInput, match=r"teacher:.*no such model"):
+        run(stages=[{"fake-shrink": {"teacher_model": str(teacher)}}])
+    assert not list((tmp_path / "runs/pico").glob("01-*"))
 
 
 def test_from_runs_a_stage_and_those_after_it_again(run: Run) -> None:

@@ -54,6 +54,10 @@ def test_what_fails_on_the_twin_fails_before_anything_is_computed(pico: Pico, tm
     assert load_record(tmp_path / "runs/pico").state is State.FAILED
 
 
+def test_the_twin_teaches_where_another_model_does(pico: Pico, tmp_path: Path) -> None:
+    assert run(tmp_path, pico("llama"), shrink={"teacher_model": str(pico("qwen2"))}) is State.DONE
+
+
 def test_a_twin_says_what_it_runs_and_warns_of_nothing(
     pico: Pico, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

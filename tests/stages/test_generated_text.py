@@ -69,10 +69,13 @@ def test_the_key_has_the_train_text_only_where_it_is_read(cls):
 @pytest.mark.parametrize(
     ("align", "distill", "read"),
     [({}, {}, {"train", "eval"}), ({}, None, {"train"}), (GENERATED, {}, {"train", "eval"}),
-     (GENERATED, GENERATED, {"eval"}), (GENERATED, None, set()), (None, GENERATED, {"train", "eval"})],
+     (GENERATED, GENERATED, {"eval"}), (GENERATED, None, set()), (None, GENERATED, {"eval"}), (None, None, set())],
 )  # fmt: skip
 def test_a_conversion_reads_what_any_of_its_trainings_does(align, distill, read):
-    assert ConvertAttention.model_validate({"to": "linear", "align": align, "distill": distill}).reads() == read
+    options = {"to": "linear", "align": align, "distill": distill}
+    assert ConvertAttention.model_validate(options).reads() == read
+    judged = ConvertAttention.model_validate({**options, "keep": 1})  # which layers is found on text
+    assert judged.reads() == read | (set() if align == GENERATED else {"train"})
 
 
 @pytest.mark.parametrize("cls", [Distill, Qat])

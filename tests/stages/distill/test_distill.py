@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from compress.errors import StageFailed
 from compress.models.anatomy import shape_of
 from compress.models.load import load_model
-from compress.stage import Ref
+from compress.stage import OtherModel, Ref
 from compress.stages.distill.stage import Distill
 from compress.train.teacher import layer_map, load_teacher
 from pico import make_pico
@@ -130,7 +130,7 @@ def test_a_quantised_teacher_says_almost_the_same(tmp_path, bits, tolerance):
 
 
 def test_another_model_as_the_teacher(models, tmp_path):
-    metrics = distil(tmp_path, {"input": models["input"]}, teacher_model=str(models["teacher"]))
+    metrics = distil(tmp_path, models, teacher_model=str(models["teacher"]))
     assert metrics["result"]["kl_to_teacher"] < metrics["input"]["kl_to_teacher"]
 
 
@@ -173,7 +173,8 @@ def test_whom_it_asks():
     assert Distill().inputs() == {"teacher": Ref("source")}
     assert Distill(teacher="first").inputs() == {"teacher": Ref("first")}
     assert Distill(loss={"kl": 0, "ce": 1}).inputs() == {}
-    assert Distill(teacher_model="org/name").inputs() == {}
+    assert Distill(teacher_model="org/name").inputs() == {"teacher": OtherModel("org/name", ("bitsandbytes",))}
+    assert Distill(teacher_model="org/name", loss={"kl": 0, "ce": 1}).inputs() == {}
 
 
 def test_its_twin_is_two_steps(pico):
