@@ -20,7 +20,8 @@ from typing import IO, Any, Literal, Self
 from compress.errors import StageFailed
 from compress.stage import Progress
 
-COMMAND = (sys.executable, "-m", "compress.benchmarks.worker")
+COMMAND = (sys.executable, "-P", "-m", "compress.benchmarks.worker")
+"""-P: no module of the working directory, which may be a stranger's folder, stands in for one of ours."""
 Runtime = Literal["ort", "genai"]
 MIN_ROUNDS = 3
 SETTLE_SECONDS = 0.05
