@@ -98,7 +98,8 @@ def module_folders(folder: Path) -> list[str]:
     """The folders beside the backbone that sentence-transformers' `modules.json` names: `1_Pooling`, `2_Dense`."""
     modules = recall(folder / MODULES)
     named = [module.get("path") for module in modules if isinstance(module, dict)] if isinstance(modules, list) else []
-    return sorted({path for path in named if isinstance(path, str) and path and _stays_inside(path)})
+    inside = {PurePosixPath(path) for path in named if isinstance(path, str) and _stays_inside(path)}
+    return sorted(str(path) for path in inside - {PurePosixPath()})
 
 
 def config_of(folder: Path) -> dict[str, Any] | None:

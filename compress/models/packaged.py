@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
+from email.parser import HeaderParser
 from fnmatch import fnmatchcase
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -122,6 +123,5 @@ def _licence_in(metadata: Path) -> str | None:
     text = metadata.read_text("utf-8", errors="replace")
     if metadata.name == "package.json":
         return str(json.loads(text).get("license") or "") or None
-    header = text.partition("\n\n")[0]
-    fields = dict(line.partition(": ")[::2] for line in header.splitlines() if ": " in line)
+    fields = HeaderParser().parsestr(text)
     return fields.get("License-Expression") or fields.get("License")

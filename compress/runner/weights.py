@@ -74,11 +74,11 @@ def stored_tensors(file: Path) -> list[StoredTensor]:
         with file.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
             header = json.loads(stream.read(length))
-        tensors = [
-            StoredTensor(file, name, entry["dtype"], tuple(entry["shape"]), *(8 + length + at for at in offsets))
-            for name, entry in header.items()
-            if name != "__metadata__" and (offsets := entry["data_offsets"])
-        ]
+        tensors = []
+        for name, entry in header.items():
+            if name != "__metadata__":
+                start, stop = (8 + length + offset for offset in entry["data_offsets"])
+                tensors.append(StoredTensor(file, name, entry["dtype"], tuple(entry["shape"]), start, stop))
         missing = max((tensor.stop for tensor in tensors), default=8 + length) - file.stat().st_size
         if missing > 0:
             raise ValueError(f"{missing} bytes are missing")

@@ -29,7 +29,7 @@ STAYS = (
     "consolidated.safetensors", "onnx/model.onnx", "onnx/config.json", "original/consolidated.00.pth", "model.py",
     "pytorch_model.bin", "scores.json", "2_Dense/pytorch_model.bin", "../secret/key", "openvino/model.bin",
 )  # fmt: skip
-MODULES = [{"path": path} for path in ("", "pool", "2_Dense", "../secret", "/etc")]
+MODULES = [{"path": path} for path in ("", ".", "pool", "2_Dense/", "../secret", "/etc")]
 
 
 def write(folder: Path, *names: str) -> Path:
