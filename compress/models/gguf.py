@@ -10,7 +10,7 @@ from compress.errors import CompressError
 from compress.models.pretrained import from_pretrained
 
 CONVERSION = 2
-"""Raised when the same GGUF converts to another folder."""
+"""Raised when the same GGUF, package or repository becomes another folder."""
 
 
 def convert(gguf: Path, out: Path) -> None:

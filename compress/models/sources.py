@@ -236,7 +236,7 @@ class HubSource(Source):
 
     @property
     def _memo(self) -> Path:
-        return entry_path("hub", f"{self.repo}@{self.revision or 'main'}").with_suffix(".json")
+        return entry_path("hub", f"{self.repo}@{self.revision or 'main'} {CONVERSION}").with_suffix(".json")
 
     def _fetched(self) -> Path | None:
         memo = recall(self._memo)

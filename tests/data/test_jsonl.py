@@ -10,12 +10,15 @@ import pytest
 from packed import no_download
 
 from compress.data.config import DataConfig, DatasetSpec
-from compress.data.jsonl import read_jsonl
 from compress.data.read import read_documents
 from compress.data.text import TextData
 from compress.errors import StageFailed
 
 SEPARATORS = ("\u2028", "\u2029", "\x85", "\\u000b", "\\f", "\\u001c", "\\r", "\\n", "\x7f", "\ufeff", "\U0001f600")
+
+
+def texts_of(file: Path) -> list[str]:
+    return read_documents((str(file),), "data.train", no_download)
 
 
 def write(file: Path, *rows: str | bytes, end: bytes = b"\n", begin: bytes = b"") -> Path:
@@ -25,13 +28,10 @@ def write(file: Path, *rows: str | bytes, end: bytes = b"\n", begin: bytes = b""
 
 @pytest.mark.parametrize("begin", [b"", b"\xef\xbb\xbf"], ids=["", "BOM"])
 @pytest.mark.parametrize("end", [b"\n", b"\r\n", b"\n\n"], ids=["LF", "CRLF", "blank lines"])
-def test_a_row_ends_at_a_line_feed_and_nowhere_else(
-    begin: bytes, end: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("compress.data.jsonl._row_by_row", lambda *_: pytest.fail("`datasets` can't read it"))
+def test_a_row_ends_at_a_line_feed_and_nowhere_else(begin: bytes, end: bytes, tmp_path: Path) -> None:
     rows = [f'{{"text": "before{separator}after", "n": {n}}}' for n, separator in enumerate(SEPARATORS)]
     expected = [json.loads(row)["text"] for row in rows]
-    assert read_jsonl(write(tmp_path / "a.jsonl", *rows, end=end, begin=begin), "text") == expected
+    assert texts_of(write(tmp_path / "a.jsonl", *rows, end=end, begin=begin)) == expected
     assert "before\u2028after" in expected
 
 
@@ -46,12 +46,19 @@ def test_a_row_ends_at_a_line_feed_and_nowhere_else(
 def test_other_columns_may_be_of_any_kind_and_missing(other: list[Any], tmp_path: Path) -> None:
     rows = [json.dumps({"text": f"text {n}"} | ({"other": value} if n else {})) for n, value in enumerate(other)]
     file = write(tmp_path / "a.jsonl", *rows, json.dumps({"late": True, "text": "last"}))
-    assert read_jsonl(file, "text") == [*(f"text {n}" for n in range(4)), "last"]
+    assert texts_of(file) == [*(f"text {n}" for n in range(4)), "last"]
 
 
 def test_texts_that_look_like_dates_are_texts(tmp_path: Path) -> None:
     dates = ["2020-01-01 00:00:00", "2021-12-31 23:59:59"]
-    assert read_jsonl(write(tmp_path / "a.jsonl", *(json.dumps({"text": date}) for date in dates)), "text") == dates
+    assert texts_of(write(tmp_path / "a.jsonl", *(json.dumps({"text": date}) for date in dates))) == dates
+
+
+@pytest.mark.parametrize("begin", [b"", b"\xef\xbb\xbf"], ids=["", "BOM"])
+def test_datasets_reads_it(begin: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("compress.data.jsonl._row_by_row", lambda *_: pytest.fail("`datasets` can't read it"))
+    rows = [json.dumps({"text": f"a{separator}b"}, ensure_ascii=False) for separator in SEPARATORS]
+    assert len(texts_of(write(tmp_path / "a.jsonl", *rows, begin=begin))) == len(SEPARATORS)
 
 
 def test_a_column_may_begin_far_down(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -59,7 +66,7 @@ def test_a_column_may_begin_far_down(tmp_path: Path, capfd: pytest.CaptureFixtur
     rows = [json.dumps({"text": f"{n}{long}"} | ({"other": n} if n > 11 else {})) for n in range(13)]
     folder = tmp_path / "a[1]*"
     folder.mkdir()
-    assert [text[:2] for text in read_jsonl(write(folder / "a.jsonl", *rows), "text")][-2:] == ["11", "12"]
+    assert [text[:2] for text in texts_of(write(folder / "a.jsonl", *rows))][-2:] == ["11", "12"]
     assert capfd.readouterr().out == ""
 
 
@@ -84,19 +91,20 @@ GOOD = '{"text": "good"}'
 )
 def test_the_row_at_fault_is_named(row: str | bytes, expected: str, tmp_path: Path) -> None:
     with pytest.raises(StageFailed, match=expected) as told:
-        read_jsonl(write(tmp_path / "a.jsonl", GOOD, "", row, GOOD), "text")
+        texts_of(write(tmp_path / "a.jsonl", GOOD, "", row, GOOD))
     assert "\n" not in str(told.value)
 
 
 def test_a_file_of_blank_lines_and_one_of_an_array_are_told(tmp_path: Path) -> None:
-    assert read_jsonl(write(tmp_path / "a.jsonl", " ", ""), "text") == []
+    with pytest.raises(StageFailed, match=r"data\.train: holds no text"):
+        texts_of(write(tmp_path / "a.jsonl", " ", ""))
     with pytest.raises(StageFailed, match=r"a\.jsonl:1: is not a JSON object"):
-        read_jsonl(write(tmp_path / "a.jsonl", f"[{GOOD}]"), "text")
+        texts_of(write(tmp_path / "a.jsonl", f"[{GOOD}]"))
 
 
 def test_a_plain_text_begins_after_its_byte_order_mark(tmp_path: Path) -> None:
     write(tmp_path / "a.txt", "first", begin=b"\xef\xbb\xbf")
-    assert read_documents((str(tmp_path / "a.txt"),), "data.train", no_download) == ["first\n"]
+    assert texts_of(tmp_path / "a.txt") == ["first\n"]
 
 
 def test_a_data_set_is_kept_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from compress.benchmarks.contest import COMMAND
 from compress.benchmarks.genai import with_threads
 from compress.cli.main import app
-from compress.errors import CompressError
+from compress.errors import CompressError, ExitCode
 from compress.models.load import load_model, load_tokenizer
 from compress.models.sources import parse_source
 from pico import VOCAB_SIZE, make_hybrid
@@ -76,9 +76,10 @@ def done_without(*arguments: str) -> None:
     assert (arguments, done.exit_code, done.exception) == (arguments, 0, None)
 
 
-def refused(*arguments: str) -> None:
+def refused(status: ExitCode, *arguments: str) -> None:
     done = yes(*arguments)
     assert isinstance(done.exception, CompressError), arguments
+    assert done.exception.exit_code is status
     assert str(done.exception).count("\n") == 0
     assert "never run" in str(done.exception)
 
@@ -89,9 +90,10 @@ def test_no_verb_asks_whether_to_run_it(hybrid: Path, text: Path, tmp_path: Path
     (tmp_path / "p.yaml").write_text(PIPELINE.format(model=hybrid, text=text))
     done_without("init", str(hybrid), "-o", "new.yaml")
     done_without("check", "p.yaml")
-    for arguments in (("plan", "p.yaml"), ("run", "p.yaml"), ("eval", str(hybrid), "--text", str(text))):
-        refused(*arguments)
-        assert not marker.exists()
+    refused(ExitCode.INVALID_INPUT, "plan", "p.yaml")
+    refused(ExitCode.INVALID_INPUT, "run", "p.yaml")
+    refused(ExitCode.STAGE_FAILED, "eval", str(hybrid), "--text", str(text))
+    assert not marker.exists()
 
 
 def test_every_verb_does_without(pico: Callable[[str], Path], text: Path, tmp_path: Path, monkeypatch: Patch) -> None:
@@ -122,7 +124,8 @@ def test_a_model_that_only_the_code_could_read_is_refused(pico: Callable[[str], 
     marker = plant(folder, model_type="planted")
     with pytest.raises(CompressError, match="can be read only by Python code that it brings, which is never run"):
         load_model(folder)
-    refused("eval", str(folder), "--text", "python-docs", "--tokens", "64", "--sequence-length", "16")
+    options = ("--text", "python-docs", "--tokens", "64", "--sequence-length", "16")
+    refused(ExitCode.STAGE_FAILED, "eval", str(folder), *options)
     assert not marker.exists()
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from compress.models.load import load_model
-from compress.runner.weights import own_figures, stored_tensors
+from compress.runner.weights import own_figures
 
 Pico = Callable[[str], Path]
 POSITIONS = 256
@@ -113,6 +113,8 @@ def test_what_modules_json_names_weighs_too(pico: Pico, tmp_path: Path) -> None:
 
 
 def test_a_tensor_is_read_where_the_header_says(pico: Pico) -> None:
+    from compress.runner.weights import stored_tensors
+
     file = pico("llama") / "model.safetensors"
     for tensor in stored_tensors(file):
         assert tensor.read() == load_file(file)[tensor.name].numpy().tobytes()
