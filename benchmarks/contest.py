@@ -24,7 +24,8 @@ from compress.errors import StageFailed
 from compress.stage import Progress
 from compress.units import UNKEPT, Unit, Units
 
-COMMAND = (sys.executable, "-m", "compress.benchmarks.worker")
+COMMAND = (sys.executable, "-P", "-m", "compress.benchmarks.worker")
+"""-P: no module of the working directory, which may be a stranger's folder, stands in for one of ours."""
 Runtime = Literal["ort", "genai"]
 SETTLE_SECONDS = 0.05
 """Pause between turns: ONNX Runtime's threads spin for up to 30 ms after a run before they sleep."""

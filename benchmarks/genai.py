@@ -13,24 +13,28 @@ from typing import Any, Literal
 from compress.errors import CompressError
 
 CONFIG = "genai_config.json"
+_LIBRARY = "custom_ops_library"
 
 
 def with_threads(folder: Path, threads: int, into: Path) -> Path:
     """A copy of `folder` in the new directory `into` whose decoder runs with `threads` threads.
 
     The files are links; only `genai_config.json` is another, because onnxruntime-genai takes one thread where it says
-    nothing. Raises CompressError for a folder without one.
+    nothing. Raises CompressError for a folder without one, and for one that names a library of its own to run.
     """
     source = folder / CONFIG
     if not source.is_file():
         raise CompressError(
             str(folder), f"has no {CONFIG}", "onnxruntime-genai needs one; measure it with --runtime ort"
         )
+    config: dict[str, Any] = json.loads(source.read_text("utf-8"))
+    if _LIBRARY in json.dumps(config):
+        what = f"names a {_LIBRARY}: code that the folder brings, which is never run"
+        raise CompressError(str(source), what, "measure a folder without one")
     into.mkdir(parents=True)
     for file in folder.iterdir():
         if file.is_file() and file.name != CONFIG:
             _link(file.resolve(), into / file.name)
-    config: dict[str, Any] = json.loads(source.read_text("utf-8"))
     options = config["model"]["decoder"].setdefault("session_options", {})
     options |= {"intra_op_num_threads": threads, "inter_op_num_threads": 1}
     (into / CONFIG).write_text(json.dumps(config, indent=1), "utf-8")
@@ -46,11 +50,10 @@ def build(
     it fails.
     """
     command = [
-        sys.executable, "-m", "onnxruntime_genai.models.builder",
+        sys.executable, "-P", "-m", "onnxruntime_genai.models.builder",
         "-m", str(source), "-o", str(out), "-p", precision, "-e", "cpu", "-c", str(cache),
+        "--extra_options", "hf_remote=false", *extra_options,
     ]  # fmt: skip
-    if extra_options:
-        command += ["--extra_options", *extra_options]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0 or not (out / "model.onnx").is_file():
         words = (done.stderr.strip() or done.stdout.strip()).splitlines()

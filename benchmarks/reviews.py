@@ -17,6 +17,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Pr
 from compress.data.read import files_of
 from compress.fetch.packages import download
 from compress.models.load import save_model
+from compress.models.pretrained import read_folder
 from compress.stage import Reporter
 from compress.train.engine import recover
 from compress.train.options import TrainingOptions
@@ -45,7 +46,10 @@ def reviews(sentences: str, tokenizer: PreTrainedTokenizerBase, length: int) -> 
 def fine_tune(model: Path, train: Labelled, tuning: Labelled, options: TrainingOptions, folder: Path) -> None:
     """Train the encoder in `model`, with a new head, to tell the classes, and write it to `folder`. Resumable."""
     torch.manual_seed(0)
-    classifier: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(model, num_labels=2)
+    fix = "name an encoder's folder"
+    classifier: PreTrainedModel = read_folder(
+        AutoModelForSequenceClassification, model, fix, num_labels=2, use_safetensors=True
+    )
     work, unfinished = folder.with_suffix(".work"), folder.with_suffix(".part")
     recover(classifier, None, train, tuning, options, (), work, 0, Reporter())
     save_model(classifier, model, unfinished)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import fnmatch
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from compress.data.config import HUB, PYTHON_DOCS, DatasetSpec, FileSpec, text_files
+from compress.data.jsonl import read_jsonl, text_of
 from compress.errors import StageFailed
-from compress.fetch.cache import ensure, entry_path, finished
+from compress.fetch.cache import ensure, entry_path, file_sha256, finished
 from compress.fetch.packages import SCHEMES, Downloader, Package, fetch
 
 
@@ -31,8 +33,25 @@ def _documents_of(spec: str | FileSpec | DatasetSpec, where: str, download: Down
 
         return [topics[name] for name in sorted(topics)]
     if text.startswith(HUB):
-        return _read_dataset(DatasetSpec.model_validate({"dataset": text.removeprefix(HUB)}), where)
+        return _read_dataset(_dataset_of(text), where)
     return [document for file in files_of(text, where, download) for document in _read_file(file, text_key, where)]
+
+
+def content_of(specs: Sequence[str | FileSpec | DatasetSpec], where: str, download: Downloader) -> list[str]:
+    """What tells the documents that `specs` name from any others, without reading them where they are known."""
+    found = []
+    for spec in specs:
+        text, text_key = (spec.path, spec.text_key) if isinstance(spec, FileSpec) else (spec, "text")
+        if isinstance(text, DatasetSpec):
+            files = [_fetched(text, where)]
+        elif text == PYTHON_DOCS:
+            files = [_python_docs()]
+        elif text.startswith(HUB):
+            files = [_fetched(_dataset_of(text), where)]
+        else:
+            files = files_of(text, where, download)
+        found += [f"{text_key} {file.suffix} {file_sha256(file)}" for file in files]
+    return found
 
 
 def files_of(text: str, where: str, download: Downloader) -> list[Path]:
@@ -43,38 +62,24 @@ def files_of(text: str, where: str, download: Downloader) -> list[Path]:
     return files
 
 
+def _python_docs() -> Path:
+    module = find_spec("pydoc_data.topics")
+    assert module is not None and module.origin is not None  # noqa: PT018
+    return Path(module.origin)
+
+
+def _dataset_of(text: str) -> DatasetSpec:
+    return DatasetSpec.model_validate({"dataset": text.removeprefix(HUB)})
+
+
 def _read_file(file: Path, text_key: str, where: str) -> list[str]:
-    """The documents of one file: its whole text, or one for each line of a .jsonl file."""
+    """The documents of one file: its whole text, or one for each row of a .jsonl file."""
     try:
-        text = file.read_text("utf-8")
+        return read_jsonl(file, text_key) if file.suffix == ".jsonl" else [file.read_text("utf-8-sig")]
     except OSError as error:
         raise StageFailed(where, f"{file} can't be read ({error.strerror})", "check its permissions") from error
     except UnicodeDecodeError as error:
         raise StageFailed(where, f"{file} is not UTF-8 text ({error.reason})", "convert it to UTF-8") from error
-    if file.suffix != ".jsonl":
-        return [text]
-    rows = (json_line(line, f"{file}:{number}") for number, line in enumerate(text.splitlines(), 1) if line.strip())
-    return [text_of(row, text_key, str(file)) for row in rows]
-
-
-def json_line(line: str, where: str) -> dict[str, Any]:
-    """One line of a .jsonl file. Raises StageFailed where it is no JSON object."""
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise StageFailed(where, f"is not JSON ({error})", "write one JSON object a line") from error
-    if not isinstance(row, dict):
-        raise StageFailed(where, "is not a JSON object", "write one JSON object a line")
-    return row
-
-
-def text_of(row: Mapping[str, Any], text_key: str, where: str) -> str:
-    """The text of one row. Raises StageFailed where it has none."""
-    text = row.get(text_key)
-    if not isinstance(text, str):
-        known = ", ".join(sorted(map(str, row)))
-        raise StageFailed(where, f"has a row without text under {text_key!r}", f"set text_key to one of: {known}")
-    return text
 
 
 def _package_files(package: Package, download: Downloader) -> list[Path]:
@@ -110,14 +115,19 @@ def _unpack_package(package: Package, out: Path, download: Downloader) -> dict[s
 
 
 def _read_dataset(spec: DatasetSpec, where: str) -> list[str]:
+    with _fetched(spec, where).open(encoding="utf-8", newline="\n") as rows:
+        return [json.loads(row)["text"] for row in rows]
+
+
+def _fetched(spec: DatasetSpec, where: str) -> Path:
     """A data set's texts, kept in the cache, so that a cached run neither asks the hub nor imports `datasets`."""
     entry = ensure("datasets", spec.model_dump_json(), lambda out: _fetch_dataset(spec, out, where))
-    lines = (entry / "texts.jsonl").read_text("utf-8").splitlines()
-    return [json.loads(line)["text"] for line in lines]
+    return entry / "texts.jsonl"
 
 
 def _fetch_dataset(spec: DatasetSpec, out: Path, where: str) -> dict[str, str]:
     from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
 
     try:
         rows: Iterator[dict[str, Any]] = iter(
@@ -128,7 +138,7 @@ def _fetch_dataset(spec: DatasetSpec, out: Path, where: str) -> dict[str, str]:
                 if number == spec.max_documents:
                     break
                 file.write(json.dumps({"text": text_of(row, spec.text_key, spec.dataset)}) + "\n")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:  # RuntimeError: one that is a script
         fix = "check its name, config and split, and the network"
         raise StageFailed(where, f"{spec.dataset} can't be loaded ({error})", fix) from error
     return {"dataset": spec.dataset}

@@ -8,6 +8,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from zlib import crc32
 
+SPLITTING = 1
+"""Raised when the same files are read, or held out, as other documents."""
 WINDOW = 13
 """Words in a row that two texts must share to count: the length in common use for finding leaked test text."""
 

@@ -9,8 +9,8 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from compress.data.config import DataConfig, DatasetSpec, FileSpec, Split
-from compress.data.read import package_facts, read_documents
-from compress.data.split import Overlap, hold_out, overlap_of
+from compress.data.read import content_of, package_facts, read_documents
+from compress.data.split import SPLITTING, Overlap, hold_out, overlap_of
 from compress.errors import StageFailed
 from compress.fetch.cache import entry_path, recall, remember
 from compress.fetch.packages import Downloader, download
@@ -87,8 +87,22 @@ class TextData:
 
     @cached_property
     def _digests(self) -> dict[str, str]:
-        documents = self._documents.items()
-        return {split: hashlib.sha256(json.dumps(texts).encode()).hexdigest() for split, texts in documents}
+        """SHA-256 (hex) of each split's documents. Text that was read once is not read again to tell them."""
+        memo = entry_path("splits", json.dumps([SPLITTING, *self._ingredients()])).with_suffix(".json")
+        known: dict[str, str] | None = recall(memo)
+        if known is None:
+            documents = self._documents.items()
+            known = {split: hashlib.sha256(json.dumps(texts).encode()).hexdigest() for split, texts in documents}
+            remember(memo, known)
+        return known
+
+    def _ingredients(self) -> list[Any]:
+        """What the documents of the splits follow from."""
+        train = content_of(self.config.train, "data.train", self._download)
+        if self.config.holds_out:
+            return [train, self.config.eval_share]
+        assert self.config.eval is not None
+        return [train, content_of(self.config.eval, "data.eval", self._download)]
 
     @cached_property
     def overlap(self) -> Overlap:
@@ -125,4 +139,3 @@ def _token_ids(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list
     end = next((id_ for id_ in ends if isinstance(id_, int)), None)
     encoded: list[list[int]] = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
     return [id_ for document in encoded for id_ in (document if end is None else [*document, end])]
-

@@ -6,6 +6,7 @@ paths of the `transformers` classes (5.x); those of a layer's parts are relative
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -18,6 +19,16 @@ HYBRID = "hybrid_"
 
 HEADS = ("ForCausalLM", "LMHeadModel", "ForSequenceClassification", "ForMaskedLM", "ForTokenClassification")
 """What the names of transformers' classes with an output head end with."""
+
+
+_BUFFER = re.compile(
+    r"(^|\.)((attn|attention)\.(bias|masked_bias)|rotary_emb\.inv_freq|embeddings\.(position|token_type)_ids)$"
+)
+
+
+def is_buffer(name: str) -> bool:
+    """Whether a tensor of a file is no weight but what older versions stored beside them: masks, positions, rates."""
+    return _BUFFER.search(name) is not None
 
 
 @dataclass(frozen=True)

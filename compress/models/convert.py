@@ -15,6 +15,7 @@ from compress.mixers import hybrid, hybrid_bert
 from compress.mixers.mixer import Mixer
 from compress.mixers.noncausal import NonCausalMixer
 from compress.mixers.spec import FULL, LINEAR, SLIDING, MixerSpec
+from compress.models.pretrained import with_weights
 
 PREFIX = "Hybrid"
 
@@ -46,8 +47,8 @@ def to_hybrid(
         keys["layer_types"] = list(layer_types or _layer_types(model.config, mixers))
         keys["sliding_window"] = sliding_window or getattr(model.config, "sliding_window", None)
     config = config_class.from_dict(keys)
-    converted: Any = hybrid_class.from_pretrained(
-        None, config=config, state_dict=_weights(model, hybrid_class, config), dtype=model.dtype,
+    converted = with_weights(
+        hybrid_class, config, _weights(model, hybrid_class, config), dtype=model.dtype,
         attn_implementation=model.config._attn_implementation,
     )  # fmt: skip
     if converted.can_generate():

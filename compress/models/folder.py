@@ -1,19 +1,35 @@
-"""What of a model's folder is read, and whether it can be used. Imports no torch."""
+"""What of a model's folder is read, what travels with its weights, and whether it can be used. Imports no torch."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from compress import artifact
+from compress.errors import CompressError
 from compress.fetch import cache
 from compress.fetch.cache import recall
 
-CONTENT = ("*.safetensors", "*.json", "*.txt", "*.jinja", "tokenizer.model", "1_Pooling/config.json")
-"""What we read of a model's folder: never a pickle, never code."""
-CARDS = ("LICENSE*", "NOTICE*", "README.md")
-"""What travels along without being part of the model's key."""
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+MODULES = "modules.json"
+VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "*.model", "*.spm", "*.tiktoken", "tekken.json")
+"""Each of them makes a tokenizer: `tokenizer.model`, `spiece.model`, `sentencepiece.bpe.model` and so on."""
+LICENCES = ("[Ll][Ii][Cc][Ee][Nn][CcSs][Ee]*", "COPYING*", "NOTICE*", "USE_POLICY*")
+CARDS = (*LICENCES, "README.md")
+"""The source's licence and card: they travel along without being part of the model's key."""
+COMPANIONS = (
+    *VOCABULARIES, "tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json",
+    "chat_template*", "additional_chat_templates/*.jinja",
+    "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
+    "generation_config.json", MODULES, "sentence_bert_config.json", "config_sentence_transformers.json",
+)  # fmt: skip
+"""What transformers and sentence-transformers read beside config.json and the weights. It travels with every artifact,
+as does what `modules.json` names."""
+CONTENT = ("*.json", "*.txt", "*.jinja", *COMPANIONS)
+"""What is read of a model's folder beside its weights: never a pickle, never code."""
+_MODULE_FILES = ("config.json", "*.safetensors")
 
 
 def folder_problem(folder: Path, readable: Collection[str] = ()) -> tuple[str, str] | None:
@@ -24,24 +40,66 @@ def folder_problem(folder: Path, readable: Collection[str] = ()) -> tuple[str, s
     config = recall(folder / "config.json")
     if not isinstance(config, dict):
         return "has no readable config.json", "name the folder that save_pretrained wrote"
-    if not any(folder.glob("*.safetensors")):
+    named = weight_names(folder)
+    if not named:
         if any(folder.glob("*.bin")):
             return "holds its weights as pickles only, which can run code", "save it as safetensors where you trust it"
-        return "has no .safetensors weights", "name the folder that save_pretrained wrote"
-    missing = [name for name in sorted(_shards(folder)) if not (folder / name).is_file()]
+        return f"has neither {WEIGHTS} nor {INDEX}", "name the folder that save_pretrained wrote"
+    shards = indexed(folder)
+    missing = [name for name in shards if not (_stays_inside(name) and (folder / name).is_file())]
     if missing:
-        return f"lacks {missing[0]}, one of its {len(_shards(folder))} weight files", "copy or fetch it again"
+        return f"lacks {missing[0]}, one of its {len(shards)} weight files", "copy or fetch it again"
     quantization = config.get("quantization_config")
     method = quantization.get("quant_method", "an unknown method") if quantization else None
     if method not in (None, *readable):
         return f"is quantised already ({method})", "name the model that it was made from"
+    try:
+        model_files(folder, CONTENT + CARDS)
+    except CompressError as error:
+        return error.problem.what, error.problem.fix
     return None
 
 
+def weight_names(folder: Path) -> list[str]:
+    """The files of weights that transformers reads, sorted: `model.safetensors`, or else those that the index names."""
+    return [WEIGHTS] if (folder / WEIGHTS).is_file() else indexed(folder)
+
+
+def indexed(folder: Path) -> list[str]:
+    """The files that `model.safetensors.index.json` names, sorted; none where there is no such index."""
+    index = recall(folder / INDEX)
+    named = index.get("weight_map") if isinstance(index, dict) else None
+    return sorted({str(name) for name in named.values()}) if isinstance(named, dict) else []
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files of weights that are read: the model's, and those of the modules that `modules.json` puts after it."""
+    modules = [file for file in _of_modules(folder) if file.suffix == ".safetensors"]
+    return [*(folder / name for name in weight_names(folder)), *modules]
+
+
 def model_files(folder: Path, patterns: Sequence[str]) -> list[Path]:
-    """The files of a model's folder that match `patterns`, sorted, without our own manifests."""
+    """The files of a model's folder that match `patterns`, sorted, without our own manifests.
+
+    Where the patterns have `modules.json`, also those of the modules that it names. Raises CompressError for a
+    link that leads out of the folder: what it names, a private key perhaps, would travel with every artifact.
+    """
     found = {file for pattern in patterns for file in folder.glob(pattern) if file.is_file()}
+    if MODULES in patterns:
+        found |= set(_of_modules(folder))
+    for file in sorted(found):
+        if not _is_own(file, folder):
+            what = f"has a file that is a link to another folder: {file.relative_to(folder)} → {file.resolve()}"
+            raise CompressError(str(folder), what, "put a copy in its place, or take it away")
     return sorted(file for file in found if file.name not in (cache.MANIFEST, artifact.MANIFEST))
+
+
+def module_folders(folder: Path) -> list[str]:
+    """The folders beside the backbone that sentence-transformers' `modules.json` names: `1_Pooling`, `2_Dense`."""
+    modules = recall(folder / MODULES)
+    named = [module.get("path") for module in modules if isinstance(module, dict)] if isinstance(modules, list) else []
+    inside = {PurePosixPath(path) for path in named if isinstance(path, str) and _stays_inside(path)}
+    return sorted(str(path) for path in inside - {PurePosixPath()})
 
 
 def config_of(folder: Path) -> dict[str, Any] | None:
@@ -50,6 +108,18 @@ def config_of(folder: Path) -> dict[str, Any] | None:
     return config if isinstance(config, dict) else None
 
 
-def _shards(folder: Path) -> set[str]:
-    index = recall(folder / "model.safetensors.index.json") or {}
-    return set(index.get("weight_map", {}).values())
+def _of_modules(folder: Path) -> list[Path]:
+    places = [folder / name for name in module_folders(folder)] or [folder / "1_Pooling"]
+    return sorted(file for place in places for name in _MODULE_FILES for file in place.glob(name) if file.is_file())
+
+
+def _is_own(file: Path, folder: Path) -> bool:
+    """Whether a file's content lies in the folder, or in the store that the hub's cache links its snapshots to."""
+    root = folder.resolve()
+    places = (root, root.parents[1] / "blobs") if root.parent.name == "snapshots" else (root,)
+    return any(file.resolve().is_relative_to(place) for place in places)
+
+
+def _stays_inside(name: str) -> bool:
+    path = PurePosixPath(name)
+    return not path.is_absolute() and ".." not in path.parts and "\\" not in name

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import struct
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
 
 from compress.errors import CompressError
 from compress.hardware import minor_version
+from compress.models.pretrained import from_pretrained
 
-_VERSION = 1
-"""Raised when the same GGUF converts to another folder."""
+CONVERSION = 2
+"""Raised when the same GGUF, package or repository becomes another folder."""
 
 
 def conversion() -> str:
     """What the folder that a GGUF file converts to depends on: our version, and those of the libraries that read it."""
-    return " ".join([str(_VERSION), *(f"{name} {minor_version(name)}" for name in ("transformers", "gguf"))])
+    return " ".join([str(CONVERSION), *(f"{name} {minor_version(name)}" for name in ("transformers", "gguf"))])
 
 
 def convert(gguf: Path, out: Path) -> None:
-    """Write the model and tokenizer in `gguf` to `out`.
+    """Write the model and tokenizer in `gguf` to `out`. What lies beside the file counts for nothing.
 
     Raises CompressError for a file that is damaged or of an architecture that transformers can't read.
     """
@@ -33,8 +34,11 @@ def convert(gguf: Path, out: Path) -> None:
     from compress.models.load import keep_rope_theta
 
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        with TemporaryDirectory(prefix="compress-") as name:
+            alone = Path(name)
+            (alone / gguf.name).symlink_to(gguf.absolute())
+            model = from_pretrained(AutoModelForCausalLM, alone, gguf_file=gguf.name, dtype=torch.float32)
+            tokenizer = from_pretrained(AutoTokenizer, alone, gguf_file=gguf.name)
     except (ValueError, KeyError, IndexError, NotImplementedError, struct.error) as error:
         fix = "is it complete, and of a known architecture?"
         raise CompressError(str(gguf), f"can't be read ({error})", fix) from error

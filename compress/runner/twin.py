@@ -72,15 +72,16 @@ def write_twin(origin: Path, out: Path) -> Path:
     import transformers
 
     from compress.models.load import auto_class, save_model
+    from compress.models.pretrained import new_model, read_folder
 
     out.mkdir()
     config_dict = twin_config(json.loads((origin / "config.json").read_text("utf-8")))
     (out / "config.json").write_text(json.dumps(config_dict))
     auto = auto_class(config_dict)
-    config = transformers.AutoConfig.from_pretrained(out, local_files_only=True)
+    config = read_folder(transformers.AutoConfig, out, "is config.json complete?")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = auto.from_config(config, dtype=torch.float32)
+        model = new_model(auto, config, dtype=torch.float32)
     save_model(model, origin, out)
     return out
 

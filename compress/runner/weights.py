@@ -5,44 +5,103 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from compress.artifact import CHECKPOINTS, Format
-from compress.errors import CompressError
+from compress.errors import CompressError, InvalidInput
+from compress.models.anatomy import is_buffer, shape_of
+from compress.models.folder import config_of, weight_files, weight_names
+
+_HEADS = ("lm_head.weight", "embed_out.weight", "cls.predictions.decoder.weight", "cls.predictions.decoder.bias")
+"""What may be tied to the token embeddings, by its ending."""
 
 
-def count_parameters(files: Iterable[Path]) -> int:
-    """Elements of all tensors in safetensors `files`; tensors that share storage are stored, and counted, once.
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor of a safetensors file. It lies from `start` to `stop`, in bytes from the file's own beginning."""
 
-    Raises CompressError for a file that is not safetensors, or cut short.
-    """
-    return sum(math.prod(shape) for file in files for shape in _tensor_shapes(file))
+    file: Path
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that it takes in the file."""
+        return self.stop - self.start
+
+    def read(self) -> bytes:
+        """Its bytes."""
+        with self.file.open("rb") as stream:
+            stream.seek(self.start)
+            return stream.read(self.num_bytes)
 
 
 def own_figures(folder: Path, format: Format, handed_on: float | None) -> dict[str, float]:
     """The figures that every model has: `parameters`, and `size_mb` (1e6 bytes of weights and graph).
 
-    Parameters are counted where weights are plain tensors. Quantising and exporting change how weights are stored and
-    not how many there are, so there they are those of the input, `handed_on`.
+    What counts is what is read. Of a model of safetensors that is the files that it names, `consolidated.safetensors`
+    or `onnx/` beside them left out, less the tensors in them that are no parameters: masks and other buffers, and the
+    copy of a tied head. Parameters are counted where weights are plain tensors. Quantising and exporting change how
+    weights are stored and not how many there are, so there they are those of the input, `handed_on`.
+
+    Raises CompressError for a file that is not safetensors, or cut short.
     """
-    weights = (file for file in folder.rglob("*") if file.suffix in (".safetensors", ".onnx", ".data"))
-    size_mb = sum(file.stat().st_size for file in weights if file.relative_to(folder).parts[0] != CHECKPOINTS) / 1e6
-    plain = sorted(folder.glob("*.safetensors")) if format == "torch" else []
-    parameters = float(count_parameters(plain)) if plain else handed_on
+    if format == "onnx":
+        found = (file for file in folder.rglob("*") if file.suffix in (".safetensors", ".onnx", ".data"))
+        num_bytes = sum(file.stat().st_size for file in found if file.relative_to(folder).parts[0] != CHECKPOINTS)
+        parameters = handed_on
+    else:
+        tensors = [tensor for name in weight_names(folder) for tensor in stored_tensors(folder / name)]
+        idle = _idle(tensors, folder)
+        num_bytes = sum(file.stat().st_size for file in weight_files(folder)) - sum(each.num_bytes for each in idle)
+        counted = sum(math.prod(tensor.shape) for tensor in tensors) - sum(math.prod(each.shape) for each in idle)
+        parameters = float(counted) if format == "torch" and tensors else handed_on
+    size_mb = num_bytes / 1e6
     return {"size_mb": size_mb} if parameters is None else {"size_mb": size_mb, "parameters": parameters}
 
 
-def _tensor_shapes(file: Path) -> list[list[int]]:
-    """safetensors: 8 bytes little-endian length, then a JSON header with each tensor's shape, then the data."""
+def stored_tensors(file: Path) -> list[StoredTensor]:
+    """The tensors of a safetensors file: 8 bytes little-endian length, a JSON header, then the data.
+
+    Raises CompressError for a file that is not safetensors, or cut short.
+    """
     try:
         with file.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
             header = json.loads(stream.read(length))
-        entries = [entry for name, entry in header.items() if name != "__metadata__"]
-        missing = 8 + length + max((entry["data_offsets"][1] for entry in entries), default=0) - file.stat().st_size
+        tensors = []
+        for name, entry in header.items():
+            if name != "__metadata__":
+                start, stop = (8 + length + offset for offset in entry["data_offsets"])
+                tensors.append(StoredTensor(file, name, entry["dtype"], tuple(entry["shape"]), start, stop))
+        missing = max((tensor.stop for tensor in tensors), default=8 + length) - file.stat().st_size
         if missing > 0:
             raise ValueError(f"{missing} bytes are missing")
-        return [entry["shape"] for entry in entries]
     except (struct.error, ValueError, KeyError, TypeError, AttributeError, OverflowError, MemoryError) as error:
         raise CompressError(str(file), "is not a whole safetensors file", "was it cut short? get it again") from error
+    return tensors
+
+
+def _idle(tensors: Sequence[StoredTensor], folder: Path) -> list[StoredTensor]:
+    """Those that are no parameters of the model, or the same ones again."""
+    heads = [tensor for tensor in tensors if tensor.name.endswith(_HEADS)] if _ties_head(folder) else []
+    copies = [head for head in heads if _is_copy(head, tensors)]
+    return [*(tensor for tensor in tensors if is_buffer(tensor.name)), *copies]
+
+
+def _ties_head(folder: Path) -> bool:
+    try:
+        return shape_of(config_of(folder) or {}).tie_word_embeddings
+    except InvalidInput:
+        return False
+
+
+def _is_copy(head: StoredTensor, tensors: Iterable[StoredTensor]) -> bool:
+    """Whether another tensor has the same values: transformers ties the head to its table only where they agree."""
+    alike = (each for each in tensors if (each.dtype, each.shape) == (head.dtype, head.shape) and each is not head)
+    return any(each.read() == head.read() for each in alike)

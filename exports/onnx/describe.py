@@ -15,6 +15,7 @@ from compress.exports.onnx.rotary import rotary_tables
 from compress.exports.onnx.weights import Model
 from compress.models.load import auto_class, load_model
 from compress.models.parts import Parts
+from compress.models.pretrained import new_model
 from compress.quant.modules import set_weight
 from compress.quant.qtensor import QTensor
 from compress.quant.store import KEY, read_quantized
@@ -47,7 +48,7 @@ def _dequantised(config: Mapping[str, Any], tensors: Mapping[str, QTensor | Tens
 
     plain = {key: value for key, value in config.items() if key != KEY}
     auto = auto_class(plain)
-    model = cast("PreTrainedModel", auto.from_config(transformers.AutoConfig.for_model(**plain), dtype=torch.float32))
+    model: PreTrainedModel = new_model(auto, transformers.AutoConfig.for_model(**plain), dtype=torch.float32)
     own = dict(model.state_dict(keep_vars=True))
     found = [own[name] for name in tensors if name in own]
     tied = {name for name in set(own) - set(tensors) if any(own[name] is other for other in found)}

@@ -46,7 +46,8 @@ def write_folder(
             build_encoder(blocks, pooling)
         graph.save(metadata)
     carry(origin, out)
-    config = {key: value for key, value in context.input.config.items() if key != "quantization_config"}
+    left_out = ("quantization_config", "auto_map")  # the graph has the weights as they are, and needs no code
+    config = {key: value for key, value in context.input.config.items() if key not in left_out}
     write_json(out / "config.json", config)
     if fused and family.kind == "decoder" and _fits_genai(context, described):
         write_json(out / "genai_config.json", genai_config(described, _generation(context), context.target.threads))

@@ -205,7 +205,7 @@ def _without_a_shard(model: Path) -> None:
 @pytest.mark.parametrize(
     ("harm", "expected"),
     [
-        (_without_weights, "no .safetensors weights"),
+        (_without_weights, "neither model.safetensors nor model.safetensors.index.json"),
         (_pickled, "pickles only, which can run code; save it as safetensors"),
         (_without_config, "no readable config.json"),
         (_with_broken_config, "no readable config.json"),
@@ -236,7 +236,7 @@ def test_a_hub_model_is_fetched_once_and_known_by_its_commit(
     snapshot = Path(shutil.copytree(model, tmp_path / "snapshots" / "c0ffee"))
     asked: list[tuple[str, str | None]] = []
 
-    def fake(repo: str, *, revision: str | None, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
+    def fake(repo: str, *, revision: str | None, allow_patterns: list[str], **_: object) -> str:
         asked.append((repo, revision))
         assert not [pattern for pattern in allow_patterns if pattern.endswith((".bin", ".py"))]
         return str(snapshot)
@@ -248,11 +248,11 @@ def test_a_hub_model_is_fetched_once_and_known_by_its_commit(
     assert source.key() == parse_source("hf://org/name@v1").key()
     assert source.resolved() == {"commit": "c0ffee"}
     assert source.config() == parse_source(str(model)).config()
-    assert asked == [("org/name", "v1")]
+    assert asked == [("org/name", "v1"), ("org/name", "c0ffee")]
     (snapshot / "model.safetensors").write_bytes(b"cut short")
     assert source.config() is None
     parse_source("org/name@v1").fetch()
-    assert len(asked) == 2
+    assert len(asked) == 4
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,13 @@ def test_runs_every_stage_and_records_it(run: Run, tmp_path: Path) -> None:
     assert {"run.log", "report.md", "report.html"} <= {path.name for path in run_dir.iterdir()}
 
 
+def test_the_source_is_weighed_again_whatever_an_earlier_run_noted(run: Run, tmp_path: Path) -> None:
+    weighed, file = run().source, tmp_path / "runs/pico/run.json"
+    noted = json.loads(file.read_text())
+    file.write_text(json.dumps({**noted, "source": {**noted["source"], "size_mb": 9999.0, "parameters": 9.0}}))
+    assert run().source == weighed
+
+
 def test_a_second_run_is_all_cached_with_the_same_figures(run: Run, tmp_path: Path) -> None:
     first, second = run(), run()
     assert set(states(second).values()) == {"cached"}
