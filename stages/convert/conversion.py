@@ -156,18 +156,25 @@ def _choose(
             losses[index] = units.once(f"layer {index}", partial(loss_with, index))
             shutil.rmtree(job.work / f"restore-{index}", ignore_errors=True)
         return best_restored(losses, number, job.held_NT.size)
+    scores = _moved(job, shown, mixers, units, reporter)
+    return least_moved(scores, number, job.held_NT.size, has_logits=bool(Parts(shown).prefix))
+
+
+def _moved(
+    job: Job, shown: PreTrainedModel, mixers: Mapping[int, nn.Module], units: Units, reporter: Reporter
+) -> dict[int, float]:
+    """`proxy_scores` of all mixers on what was held out for it."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     place(shown, device)
     held_NT = torch.from_numpy(job.held_NT).to(device)
     batches = torch.split(held_NT, max(1, _NUM_BATCH_TOKENS // held_NT.shape[1]))
-    bf16 = uses_bf16(next((each.precision for each in options.trainings.values()), "auto"))
+    bf16 = uses_bf16(next((each.precision for each in job.options.trainings.values()), "auto"))
     there = {index: mixer.to(device) for index, mixer in mixers.items()}
     with (
         reporter.progress("choosing layers", len(batches) * len(mixers)) as advance,
         torch.autocast(device.type, torch.bfloat16, enabled=bf16),
     ):
-        scores = proxy_scores(Parts(shown), there, batches, advance, units)
-    return least_moved(scores, number, job.held_NT.size, has_logits=bool(Parts(shown).prefix))
+        return proxy_scores(Parts(shown), there, batches, advance, units)
 
 
 def _train(

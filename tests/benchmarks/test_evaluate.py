@@ -33,6 +33,11 @@ class FixedText:
         ids = tokenizer(text, add_special_tokens=False)["input_ids"][: BLOCKS * sequence_length]
         return np.array(ids, np.int64).reshape(-1, sequence_length)
 
+    def texts(self, split: str) -> list[str]:
+        import pydoc_data.topics
+
+        return [pydoc_data.topics.topics[name] for name in ("assignment", "numbers")]
+
     def digest(self, split: str) -> str:
         return "fixed"
 
@@ -49,8 +54,7 @@ def evaluate(
     stage = Evaluate(sequence_length=LENGTH, tokens=LENGTH * BLOCKS, **options)
     inputs = {"input": artifact(subject), "source": artifact(source)}
     data: Any = FixedText()
-    target, reporter = Target(threads=1), reporter or Reporter()
-    context = StageContext(out, tmp_path, inputs, data, seed=0, target=target, reporter=reporter)
+    context = StageContext(out, tmp_path, inputs, data, 0, Target(threads=1), reporter or Reporter())
     return dict(stage.run(context)), out
 
 
