@@ -47,7 +47,8 @@ class Trained:
             return None if tensor is None else nn.Parameter(tensor.detach().float().flatten().clone(), learnt)
 
         ranges = learn != "weights"
-        weight = qtensor.codes if learn == "scales" else inside_cells(weight_NK, qtensor)
+        codes = qtensor.codes.contiguous()  # a part-filled last block leaves a view, which no checkpoint can hold
+        weight = codes if learn == "scales" else inside_cells(weight_NK, qtensor)
         return cls(
             qtensor.scheme, nn.Parameter(weight, learn != "scales"), cast(nn.Parameter, flat(qtensor.scale, ranges)),
             flat(qtensor.zero_point, learn == "both"),
