@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from compress.errors import Problem
 from compress.models.anatomy import ModelShape
+from compress.train.launch import num_processes
 
 Precision = Literal["auto", "fp32", "bf16"]
 
@@ -78,6 +79,18 @@ class StepOptions(BaseModel):
         """Tokens of all steps together."""
         return self.num_steps * self.batch_size * self.sequence_length
 
+    @property
+    def num_parts(self) -> int:
+        """How many parts a step is divided into in this launch."""
+        return num_processes()
+
+    def indivisible(self) -> Iterator[Problem]:
+        """Whether the sequences of a step can't be divided among the processes of this launch."""
+        if self.batch_size % self.num_parts:
+            what = f"{self.batch_size} sequences can't be divided into {self.num_parts} equal parts"
+            each = f"{num_processes()} processes × {self.num_parts // num_processes()} accumulation steps"
+            yield Problem("batch_size", what, f"{each} must divide it")
+
     def problems(self, model: ModelShape) -> Iterator[Problem]:
         """What does not fit `model`; `where` is the option's name."""
         if self.sequence_length > model.max_position_embeddings:
@@ -101,7 +114,8 @@ class AlignOptions(StepOptions):
     def twin(self) -> Self:
         """The same, two steps long."""
         length = min(self.sequence_length, 16)
-        return self.model_copy(update={"sequence_length": length, "batch_size": 1, "tokens": 2 * length})
+        changes = {"sequence_length": length, "batch_size": self.num_parts, "tokens": 2 * length * self.num_parts}
+        return self.model_copy(update=changes)
 
 
 class TrainingOptions(StepOptions):
@@ -125,6 +139,11 @@ class TrainingOptions(StepOptions):
     early_stopping_patience: int | None = Field(
         None, ge=1, description="stop after so many evaluations without a better one"
     )
+
+    @property
+    def num_parts(self) -> int:
+        """How many parts a step is divided into in this launch, one after the other or at once."""
+        return self.gradient_accumulation_steps * num_processes()
 
     @property
     def needs_teacher(self) -> bool:
@@ -151,6 +170,6 @@ class TrainingOptions(StepOptions):
         """Changes that make a training two steps long."""
         length = min(self.sequence_length, 16)
         return {
-            "sequence_length": length, "batch_size": self.gradient_accumulation_steps, "eval_steps": None,
-            "tokens": 2 * length * self.gradient_accumulation_steps, "eval_tokens": 2 * length,
+            "sequence_length": length, "batch_size": self.num_parts, "eval_steps": None,
+            "tokens": 2 * length * self.num_parts, "eval_tokens": 2 * length,
         }  # fmt: skip

@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -27,7 +28,7 @@ from compress.stages.convert.init import forget_attention, new_mixers, new_param
 from compress.stages.convert.layers import candidates, kinds, to_convert
 from compress.stages.convert.stage import TEACHER, ConvertAttention, HybridTraining
 from compress.train.align import Aligned, align
-from compress.train.distributed import is_follower
+from compress.train.distributed import agreed
 from compress.train.engine import Ids, Outcome, place, recover, training_ids
 from compress.train.generated import train_blocks
 from compress.train.options import AlignOptions
@@ -137,9 +138,12 @@ def _choose(
     job: Job, source: PreTrainedModel, shown: PreTrainedModel, teacher: PreTrainedModel,
     mixers: Mapping[int, nn.Module], reporter: Reporter,
 ) -> Choice:  # fmt: skip
-    """The layers with the best scores; those of a killed run are not measured again."""
+    """The layers with the best scores; those of a killed run are not measured again.
+
+    Of a launch, the first process measures, and the others are told: each one's scores would be a little different.
+    """
     options, file = job.options, job.work / _SCORES
-    known = {int(index): score for index, score in json.loads(file.read_text("utf-8")).items()} if file.exists() else {}
+    known = agreed(partial(_remembered, file))
     shape = Parts(source).shape
     number = to_convert(shape, options.to, options.keep, options.convert)
     assert isinstance(number, int)
@@ -153,22 +157,28 @@ def _choose(
                 work = job.work / f"restore-{index}"
                 outcome = _train(student, teacher, (job.align_NT, job.held_NT), training, work, job.seed, reporter)
                 known[index] = [entry["eval_loss"] for entry in outcome.log if "eval_loss" in entry][-1]
-                _remember(file, known)
-                shutil.rmtree(work, ignore_errors=True)
+                agreed(partial(_remember, file, known, work))
         return best_restored(known, number, job.held_NT.size)
     if not known:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        place(shown, device)
-        held_NT = torch.from_numpy(job.held_NT).to(device)
-        batches = torch.split(held_NT, max(1, _NUM_BATCH_TOKENS // held_NT.shape[1]))
-        bf16 = uses_bf16(next((each.precision for each in options.trainings.values()), "auto"))
-        with (
-            reporter.progress("choosing layers", len(batches) * len(mixers)) as advance,
-            torch.autocast(device.type, torch.bfloat16, enabled=bf16),
-        ):
-            known = proxy_scores(Parts(shown), {i: mixer.to(device) for i, mixer in mixers.items()}, batches, advance)
-        _remember(file, known)
+        known = agreed(partial(_moved, job, shown, mixers, reporter))
+        agreed(partial(_remember, file, known))
     return least_moved(known, number, job.held_NT.size, has_logits=bool(Parts(shown).prefix))
+
+
+def _moved(
+    job: Job, shown: PreTrainedModel, mixers: Mapping[int, nn.Module], reporter: Reporter
+) -> dict[int, float]:
+    """`proxy_scores` of all mixers on what was held out for it."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    place(shown, device)
+    held_NT = torch.from_numpy(job.held_NT).to(device)
+    batches = torch.split(held_NT, max(1, _NUM_BATCH_TOKENS // held_NT.shape[1]))
+    bf16 = uses_bf16(next((each.precision for each in job.options.trainings.values()), "auto"))
+    with (
+        reporter.progress("choosing layers", len(batches) * len(mixers)) as advance,
+        torch.autocast(device.type, torch.bfloat16, enabled=bf16),
+    ):
+        return proxy_scores(Parts(shown), {i: mixer.to(device) for i, mixer in mixers.items()}, batches, advance)
 
 
 def _train(
@@ -190,9 +200,15 @@ def _short_training(options: ConvertAttention) -> HybridTraining:
     return short.model_copy(update={"eval_steps": short.num_steps})
 
 
-def _remember(file: Path, scores: Mapping[int, float]) -> None:
-    if not is_follower():
-        write_json(file, {str(index): score for index, score in scores.items()})
+def _remembered(file: Path) -> dict[int, float]:
+    return {int(index): score for index, score in json.loads(file.read_text("utf-8")).items()} if file.exists() else {}
+
+
+def _remember(file: Path, scores: Mapping[int, float], work: Path | None = None) -> None:
+    """Write down scores; `work`, where the last one was found, is not needed any more then."""
+    write_json(file, {str(index): score for index, score in scores.items()})
+    if work is not None:
+        shutil.rmtree(work, ignore_errors=True)
 
 
 def _fitting(teacher: PreTrainedModel, source: PreTrainedModel) -> PreTrainedModel:
