@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -67,15 +69,22 @@ class RequirementMissed(CompressError):
     exit_code = ExitCode.REQUIREMENT_MISSED
 
 
-_FULL_DISK = ("No space left on device", "StorageFull", "os error 28")
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+_FULL_DISK = re.compile(
+    "|".join([
+        *(rf"{os.strerror(number)}|os error {number}\b" for number in _NO_SPACE),  # Rust: safetensors, tokenizers
+        "StorageFull|QuotaExceeded",
+        "PytorchStreamWriter failed writing|inline_container.*unexpected pos|basic_ios::clear",  # torch.save
+        r"\d+ requested and \d+ written",  # numpy
+    ])
+)  # fmt: skip
+"""What libraries say that give no errno: those in C++ do not know more than that a write fell short."""
 
 
 def is_full_disk(error: BaseException | None) -> bool:
-    """Whether a full disk is behind `error`. Libraries written in C++ and Rust say so only in words."""
+    """Whether a full disk, or a used up quota, is behind `error`."""
     while error is not None and not isinstance(error, CompressError):
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return True
-        if any(words in str(error) for words in _FULL_DISK):
+        if (isinstance(error, OSError) and error.errno in _NO_SPACE) or _FULL_DISK.search(str(error)):
             return True
         error = error.__cause__ or error.__context__
     return False

@@ -32,21 +32,24 @@ def run(
     """
     from compress.cli.show import as_json, print_run
     from compress.pipeline.check import valid_pipeline
+    from compress.runner.logs import terminable
     from compress.runner.record import State
     from compress.runner.run import run_pipeline
-    from compress.train.distributed import follow, is_follower, release
+    from compress.train.distributed import follow, leading
+    from compress.train.launch import is_follower
 
     if is_follower():
-        return follow()
-    loaded = valid_pipeline(pipeline)
-    run_dir = runs / loaded.name
-    with reporting() as reporter:
-        try:
-            record = run_pipeline(loaded, runs=runs, from_stage=from_stage, twin=twin, reporter=reporter)
-        except KeyboardInterrupt:
-            reporter.log.info("interrupted: what is finished is kept in %s; run it again to go on", run_dir)
-            raise typer.Exit(ExitCode.INTERRUPTED) from None
-    release()  # where the run fails instead, the launcher ends the others: they may be in the midst of training
+        with terminable():
+            return follow()
+    with leading():
+        loaded = valid_pipeline(pipeline)
+        run_dir = runs / loaded.name
+        with reporting() as reporter:
+            try:
+                record = run_pipeline(loaded, runs=runs, from_stage=from_stage, twin=twin, reporter=reporter)
+            except KeyboardInterrupt:
+                reporter.log.info("interrupted: what is finished is kept in %s; run it again to go on", run_dir)
+                raise typer.Exit(ExitCode.INTERRUPTED) from None
     if json:
         print_json(as_json(record, run_dir))
     else:

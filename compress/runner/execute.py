@@ -58,7 +58,8 @@ def execute(plan: Plan, setting: Setting, journal: Journal) -> None:
             state = State.INTERRUPTED if isinstance(error, KeyboardInterrupt) else State.FAILED
             log.error("%s: %s", heading, state, exc_info=error)  # the log has the traceback, the screen has not
             with contextlib.suppress(OSError):  # the disk may be full, and that is not what to report
-                journal.put(was.model_copy(update={"state": state, "error": str(error) or type(error).__name__}))
+                told = _disk_full(step.id, plan.run_dir) if is_full_disk(error) else error
+                journal.put(was.model_copy(update={"state": state, "error": str(told) or type(told).__name__}))
             if is_full_disk(error):
                 raise _disk_full(step.id, plan.run_dir) from error
             error.add_note(f"(in stage {step.id!r}; what came before it is kept in {plan.run_dir})")
@@ -79,7 +80,7 @@ def disk_explained(run_dir: Path) -> Iterator[None]:
     """Turn a full disk, wherever it is met, into one clear message."""
     try:
         yield
-    except OSError as error:
+    except Exception as error:
         if not is_full_disk(error):
             raise
         raise _disk_full(str(run_dir), run_dir) from error

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
-from compress.errors import InvalidInput
+from compress.errors import InvalidInput, Problem
 from compress.pipeline.file import Pipeline
 from compress.pipeline.require import Requirement
 from compress.report.figures import figures_of
@@ -23,6 +24,7 @@ from compress.runner.record import PIPELINE, RunRecord, State, VerdictRecord, lo
 from compress.runner.twin import try_twin
 from compress.runner.weights import own_figures
 from compress.stage import Reporter
+from compress.train.options import StepOptions
 
 
 def run_pipeline(
@@ -66,12 +68,24 @@ def run_pipeline(
 
 @before_any_stage()
 def _check_means(prepared: Prepared, again: tuple[Step, ...]) -> None:
-    """Raises InvalidInput for a source that can't be had or used, and for a disk that can't hold what is to come."""
+    """Raises InvalidInput for a source that can't be had or used, for a disk that can't hold what is to come, and for
+    trainings that this launch can't divide."""
     todo = tuple(step for step in prepared.plan.steps if not step.is_cached or step in again)
+    if problems := [problem for step in todo for problem in _indivisible(step)]:
+        raise InvalidInput.of(problems)
     check_disk(prepared.plan.run_dir, todo_estimates(estimate(prepared), todo))
     read = {of for step in todo for of in step.node.inputs.values()}
     for id in sorted(read & prepared.plan.sources.keys()):
         own_figures(prepared.model(id).path, "torch", None)  # reads what its weights say of themselves
+
+
+def _indivisible(step: Step) -> Iterator[Problem]:
+    """Of the trainings that a stage is or has, those whose steps can't be divided among the processes."""
+    for name, options in (("", step.stage), *step.stage):
+        if isinstance(options, StepOptions):
+            for problem in options.indivisible():
+                where = ".".join(filter(None, (step.id, name, problem.where)))
+                yield replace(problem, where=where)
 
 
 def judged(record: RunRecord, require: Iterable[Requirement]) -> RunRecord:

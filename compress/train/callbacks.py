@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import threading
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Self
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from compress.errors import StageFailed
 from compress.stage import Progress
-from compress.train.checkpoints import newest_complete
-from compress.train.distributed import num_processes
+from compress.train.checkpoints import newest_complete, rotate
 
 _WINDOW = 8
 _WORSE = 5.0
@@ -71,7 +72,7 @@ class DivergenceGuard(TrainerCallback):
                 self._stop(state, name, logs[name])
 
     def _stop(self, state: TrainerState, name: str, value: float) -> None:
-        kept = newest_complete(self._work, num_processes())
+        kept = newest_complete(self._work)
         raise StageFailed(
             f"step {state.global_step} of {state.max_steps}",
             f"training diverged: {name} is {value:.4g}",
@@ -80,13 +81,50 @@ class DivergenceGuard(TrainerCallback):
         )
 
 
+class Rotation(TrainerCallback):
+    """Deletes the checkpoints in `work` that are neither the newest nor the best.
+
+    Trainer's own rotation goes by modification times and by the path that the best one had when it was written: of a
+    folder that was copied, or written on a machine with another clock, it deletes the newest.
+    """
+
+    def __init__(self, work: Path) -> None:
+        self._work = work
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Look through what there is, whoever wrote it."""
+        if state.is_world_process_zero:
+            rotate(self._work, state.best_global_step)
+
+
 class Telemetry(TrainerCallback):
-    """Moves the progress bar and writes TensorBoard events, from the main process only."""
+    """Moves the progress bar and writes TensorBoard events, from the main process only.
+
+    A context: at its end the events are closed, whatever ends it.
+    """
 
     def __init__(self, advance: Progress, events: Path) -> None:
         self._advance = advance
         self._events = events
         self._writer: Any = None
+        self._threads_hook = threading.excepthook
+
+    def __enter__(self) -> Self:
+        threading.excepthook = self._hook
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        threading.excepthook = self._threads_hook
+        if self._writer is not None:
+            with contextlib.nullcontext() if error is None else contextlib.suppress(OSError):
+                self._writer.close()
+
+    def _hook(self, failure: threading.ExceptHookArgs) -> None:
+        """Leave out the traceback of the writer's thread: it raises the same in ours at the next figure."""
+        if not isinstance(failure.exc_value, OSError):
+            self._threads_hook(failure)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -108,10 +146,3 @@ class Telemetry(TrainerCallback):
                 self._writer.add_scalar(name.replace("eval_", "eval/"), value, state.global_step)
             if "loss" in (logs or {}):
                 self._advance(1, f"loss {(logs or {})['loss']:.4f}")
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Close the events."""
-        if self._writer is not None:
-            self._writer.close()

@@ -22,8 +22,8 @@ from transformers import (
 from compress.errors import StageFailed
 from compress.stage import Reporter, StageContext
 from compress.train.checkpoints import WEIGHTS, checkpoint_folder
-from compress.train.distributed import is_follower
 from compress.train.generated import train_blocks
+from compress.train.launch import is_follower
 from compress.train.objective import Objective
 from compress.train.options import TrainingOptions
 from compress.train.resumable import step_arguments, train
@@ -32,6 +32,7 @@ from compress.train.trainer import Ids as Ids
 
 START = "start.safetensors"
 """The student's weights before the first step, inside `work`."""
+_PARTIAL = f"{START}.partial"
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,9 @@ def recover(
     """
     if not is_follower():
         work.mkdir(parents=True, exist_ok=True)
-        save_weights(student, str(work / START))
+        if not (work / START).exists():
+            save_weights(student, str(work / _PARTIAL))
+            (work / _PARTIAL).rename(work / START)
     order = training_order(len(train_NT), options.num_steps * options.batch_size, seed)
     objective = Objective(options.loss, options.temperature, options.hidden_distance, layer_map)
     arguments = training_arguments(options, work, seed, bool(student.config.use_cache))

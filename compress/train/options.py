@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from compress.errors import Problem
 from compress.models.anatomy import ModelShape
 from compress.options import counted
+from compress.train.launch import num_processes
 from compress.train.precision import uses_bf16
 
 Precision = Literal["auto", "fp32", "bf16"]
@@ -97,6 +98,18 @@ class StepOptions(BaseModel):
         """The options that count, as a group of a stage's."""
         return counted(self, self.meant(model))
 
+    @property
+    def num_parts(self) -> int:
+        """How many parts a step is divided into in this launch."""
+        return num_processes()
+
+    def indivisible(self) -> Iterator[Problem]:
+        """Whether the sequences of a step can't be divided among the processes of this launch."""
+        if self.batch_size % self.num_parts:
+            what = f"{self.batch_size} sequences can't be divided into {self.num_parts} equal parts"
+            each = f"{num_processes()} processes × {self.num_parts // num_processes()} accumulation steps"
+            yield Problem("batch_size", what, f"{each} must divide it")
+
     def problems(self, model: ModelShape) -> Iterator[Problem]:
         """What does not fit `model`; `where` is the option's name."""
         if self.sequence_length > model.max_position_embeddings:
@@ -120,7 +133,8 @@ class AlignOptions(StepOptions):
     def twin(self) -> Self:
         """The same, two steps long."""
         length = min(self.sequence_length, 16)
-        return self.model_copy(update={"sequence_length": length, "batch_size": 1, "tokens": 2 * length})
+        changes = {"sequence_length": length, "batch_size": self.num_parts, "tokens": 2 * length * self.num_parts}
+        return self.model_copy(update=changes)
 
 
 class TrainingOptions(StepOptions):
@@ -149,6 +163,11 @@ class TrainingOptions(StepOptions):
     def num_steps_between(self) -> int:
         """Steps from one evaluation to the next: a quarter of them where nothing is said."""
         return self.eval_steps or -(-self.num_steps // 4)
+
+    @property
+    def num_parts(self) -> int:
+        """How many parts a step is divided into in this launch, one after the other or at once."""
+        return self.gradient_accumulation_steps * num_processes()
 
     @property
     def needs_teacher(self) -> bool:
@@ -184,6 +203,6 @@ class TrainingOptions(StepOptions):
         """Changes that make a training two steps long."""
         length = min(self.sequence_length, 16)
         return {
-            "sequence_length": length, "batch_size": self.gradient_accumulation_steps, "eval_steps": None,
-            "tokens": 2 * length * self.gradient_accumulation_steps, "eval_tokens": 2 * length,
+            "sequence_length": length, "batch_size": self.num_parts, "eval_steps": None,
+            "tokens": 2 * length * self.num_parts, "eval_tokens": 2 * length,
         }  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,9 +15,18 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState
 
 from compress.errors import StageFailed
 from compress.stage import Reporter
-from compress.train.callbacks import DivergenceGuard, Telemetry
-from compress.train.checkpoints import STATE, WEIGHTS, newest_complete, read_state, remove_incomplete
-from compress.train.distributed import is_follower, num_processes
+from compress.train.callbacks import DivergenceGuard, Rotation, Telemetry
+from compress.train.checkpoints import (
+    STATE,
+    WEIGHTS,
+    has_random_states,
+    newest_complete,
+    read_state,
+    remove_incomplete,
+    set_aside_damaged,
+)
+from compress.train.distributed import agreed
+from compress.train.launch import num_processes
 from compress.train.options import StepOptions
 from compress.train.precision import uses_bf16
 
@@ -46,6 +56,16 @@ class ResumableTrainer(Trainer):
         folder.mkdir(parents=True, exist_ok=True)
         save_weights(self.accelerator.unwrap_model(self.model), str(folder / WEIGHTS))
 
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Every process's, before the first one says, in `trainer_state.json`, that the checkpoint is whole."""
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Those of as many processes as there are now, or none."""
+        if checkpoint is not None and has_random_states(Path(checkpoint), num_processes()):
+            super()._load_rng_state(checkpoint)
+
 
 def optimizer_with_rates(
     arguments: TrainingArguments, parameters: Iterable[tuple[nn.Parameter, float]]
@@ -68,24 +88,19 @@ def step_arguments(options: StepOptions, work: Path, seed: int, accumulation_ste
 
     Raises StageFailed where a step can't be divided among the processes.
     """
-    parts = accumulation_steps * num_processes()
-    if options.batch_size % parts:
-        raise StageFailed(
-            "batch_size", f"{options.batch_size} sequences can't be divided into {parts} equal parts",
-            f"{num_processes()} processes × {accumulation_steps} accumulation steps must divide it",
-        )  # fmt: skip
+    for problem in options.indivisible():
+        raise StageFailed(problem.where, problem.what, problem.fix)
     return {
         "output_dir": str(work),
         "max_steps": options.num_steps,
-        "per_device_train_batch_size": options.batch_size // parts,
+        "per_device_train_batch_size": options.batch_size // options.num_parts,
         "gradient_accumulation_steps": accumulation_steps,
         "learning_rate": options.learning_rate,
         "warmup_steps": math.ceil(options.num_steps * options.warmup_ratio),
         "lr_scheduler_type": options.lr_scheduler_type,
         "weight_decay": options.weight_decay,
         "optim": {"adamw": "adamw_torch", "adamw_8bit": "adamw_bnb_8bit"}[options.optim],
-        "bf16": uses_bf16(options.precision),
-        "save_total_limit": 2,
+        "bf16": agreed(partial(uses_bf16, options.precision)),
         "restore_callback_states_from_checkpoint": True,
         "logging_steps": 1,
         "logging_nan_inf_filter": False,
@@ -104,23 +119,37 @@ def train(
 ) -> TrainerState:
     """Train from the newest complete checkpoint in `work` to the end, unless that checkpoint is the end.
 
+    It may be another number of processes' checkpoint: each step has the same sequences, however they are divided.
     Raises StageFailed where the loss diverges.
     """
-    if not is_follower():
-        remove_incomplete(work, num_processes())
-    trainer.accelerator.wait_for_everyone()
-    checkpoint = newest_complete(work, num_processes())
+    checkpoint = agreed(partial(_start, what, work, reporter))
     if checkpoint and _is_last(checkpoint):
         return cast(TrainerState, TrainerState.load_from_json(str(checkpoint / STATE)))
-    if checkpoint:
-        reporter.log.info("%s: going on from %s", what, checkpoint.name)
     trainer.args.eval_on_start = checkpoint is None and trainer.eval_dataset is not None
     trainer.remove_callback(PrinterCallback)
-    with reporter.progress(what, trainer.args.max_steps) as advance:
-        for callback in (DivergenceGuard(work), Telemetry(advance, work / EVENTS), *callbacks):
+    with reporter.progress(what, trainer.args.max_steps) as advance, Telemetry(advance, work / EVENTS) as telemetry:
+        for callback in (DivergenceGuard(work), Rotation(work), telemetry, *callbacks):
             trainer.add_callback(callback)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     return trainer.state
+
+
+def _start(what: str, work: Path, reporter: Reporter) -> Path | None:
+    """The checkpoint to go on from, in a folder that is tidy then; what can't be used is told."""
+    remove_incomplete(work)
+    for aside in set_aside_damaged(work):
+        reporter.log.warning("%s: a checkpoint is damaged: passed over, and kept as %s", what, aside)
+    checkpoint = newest_complete(work)
+    if checkpoint is None or _is_last(checkpoint):
+        return checkpoint
+    reporter.log.info("%s: going on from %s", what, checkpoint.name)
+    if not has_random_states(checkpoint, num_processes()):
+        reporter.log.warning(
+            "%s: %s has no random state for %d process%s (another number of them wrote it, or it is damaged): going on "
+            "without it, and what is drawn at random, as in dropout, is another draw", what, checkpoint.name,
+            num_processes(), "es" if num_processes() > 1 else "",
+        )  # fmt: skip
+    return checkpoint
 
 
 def _is_last(checkpoint: Path) -> bool:

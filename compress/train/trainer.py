@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 from transformers import EvalPrediction, PreTrainedModel, TrainingArguments
 
 from compress.train.attention import Watch, watches
+from compress.train.distributed import agreed
 from compress.train.losses import IGNORED, cross_entropy, forward_kl
 from compress.train.objective import Objective, Said, item_logits
 from compress.train.resumable import ResumableTrainer, optimizer_with_rates
@@ -86,7 +87,7 @@ class RecoveryTrainer(ResumableTrainer):
             optimizer = optimizer_with_rates(args, rated)
         super().__init__(
             model=student, args=args, train_dataset=train, eval_dataset=evaluation, data_collator=_batch,
-            compute_metrics=_summary, optimizer_cls_and_kwargs=optimizer,
+            compute_metrics=_agreed_summary, optimizer_cls_and_kwargs=optimizer,
         )  # fmt: skip
         self._teacher = teacher
         self._objective = objective
@@ -161,6 +162,11 @@ class RecoveryTrainer(ResumableTrainer):
                 kl = forward_kl(student_NV, teacher_NV).mean()
                 agreement = (student_NV.argmax(-1) == teacher_NV.argmax(-1)).float().mean()
         return torch.stack([loss, kl, ce, agreement])
+
+
+def _agreed_summary(prediction: EvalPrediction) -> dict[str, float]:
+    """The first process's: what is best, and when to stop, is decided by it, and must be the same in all of them."""
+    return agreed(lambda: _summary(prediction))
 
 
 def _summary(prediction: EvalPrediction) -> dict[str, float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,12 +26,13 @@ from compress.stages.convert.init import forget_attention, new_mixers, new_param
 from compress.stages.convert.layers import candidates, kinds, to_convert
 from compress.stages.convert.stage import TEACHER, ConvertAttention, HybridTraining
 from compress.train.align import Aligned, align
+from compress.train.distributed import agreed
 from compress.train.engine import Ids, Outcome, place, recover, training_ids
 from compress.train.generated import train_blocks
 from compress.train.options import AlignOptions
 from compress.train.precision import uses_bf16
 from compress.train.teacher import check_same_vocabulary, fitting_loss, layer_map, load_teacher
-from compress.units import Units
+from compress.units import Unit, Units
 
 _NUM_BATCH_TOKENS = 1024
 DISTILL = "distill"
@@ -135,7 +136,10 @@ def _choose(
     job: Job, source: PreTrainedModel, shown: PreTrainedModel, teacher: PreTrainedModel,
     mixers: Mapping[int, nn.Module], reporter: Reporter,
 ) -> Choice:  # fmt: skip
-    """The layers with the best scores; what a killed run measured is not measured again."""
+    """The layers with the best scores; what a killed run measured is not measured again.
+
+    Of a launch, the first process measures, and the others are told: each one's scores would be a little different.
+    """
     options, units = job.options, Units("convert-attention", job.work / "scores", log=reporter.log)
     shape = Parts(source).shape
     number = to_convert(shape, options.to, options.keep, options.convert)
@@ -144,20 +148,31 @@ def _choose(
         training = _short_training(options)
         reporter.log.warning("select: kl trains %d times on %d tokens", len(mixers), options.kl_tokens)
 
-        def loss_with(index: int) -> float:
+        def loss_with(index: int, work: Path) -> float:
             others = [other for other in mixers if other != index]
             student = with_mixers(source, mixers, others, options.mixer(shape), options.sliding_window)
-            ids, work = (job.align_NT, job.held_NT), job.work / f"restore-{index}"
+            ids = job.align_NT, job.held_NT
             outcome = _train(student, teacher, ids, training, work, job.seed, reporter)
             return [entry["eval_loss"] for entry in outcome.log if "eval_loss" in entry][-1]
 
         losses = {}
         for index in mixers:
-            losses[index] = units.once(f"layer {index}", partial(loss_with, index))
-            shutil.rmtree(job.work / f"restore-{index}", ignore_errors=True)
+            work = job.work / f"restore-{index}"
+            losses[index] = _measured(units, f"layer {index}", partial(loss_with, index, work), work)
         return best_restored(losses, number, job.held_NT.size)
-    scores = _moved(job, shown, mixers, units, reporter)
+    scores = agreed(partial(_moved, job, shown, mixers, units, reporter))
     return least_moved(scores, number, job.held_NT.size, has_logits=bool(Parts(shown).prefix))
+
+
+def _measured(units: Units, name: str, measure: Callable[[], float], work: Path) -> float:
+    """What `measure`, in which all processes of a launch take part, finds in the first one; then `work` may go."""
+    known = agreed(partial(units.find, name))
+    if known is None:
+        found = Unit(measure())
+        units.keep(name, found)
+        known = agreed(lambda: found)
+    agreed(partial(shutil.rmtree, work, ignore_errors=True))
+    return float(known.figures)
 
 
 def _moved(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from compress.quant.store import read_quantized, save_quantized
 from compress.quant.trained import FakeQuantisation
 from compress.stage import Reporter, StageContext
 from compress.stages.qat.stage import Qat
-from compress.train.distributed import num_processes
+from compress.train.distributed import agreed
 from compress.train.engine import Ids, Outcome, recover
 from compress.train.taught import answering_layers
 from compress.train.teacher import fitting_loss, load_teacher
@@ -107,9 +106,8 @@ def _start(
 
     They are kept in `folder`: a killed training does not quantise again, nor a killed quantisation a finished layer.
     """
-    with _first_process_first():
-        if not folder.is_dir():
-            _quantise(model, job, options, folder, reporter)
+    if not agreed(folder.is_dir):
+        agreed(lambda: _quantise(model, job, options, folder, reporter))
     _, stored = read_quantized(folder)
     plain = {name: tensor for name, tensor in stored.items() if isinstance(tensor, Tensor)}
     cast(nn.Module, model).load_state_dict(plain, strict=False)
@@ -130,11 +128,3 @@ def _quantise(model: PreTrainedModel, job: Job, options: QuantizeOptions, folder
     save_file(found.latents, partial / _WEIGHTS)
     partial.rename(folder)
 
-
-def _first_process_first() -> contextlib.AbstractContextManager[None]:
-    """Lets the first process of a launch through the block before the others."""
-    if num_processes() == 1:
-        return contextlib.nullcontext()
-    from accelerate import PartialState
-
-    return cast("contextlib.AbstractContextManager[None]", PartialState().main_process_first())

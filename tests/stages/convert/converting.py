@@ -15,7 +15,8 @@ import torch
 from compress.artifact import Artifact, Metrics
 from compress.stage import StageContext, Target
 from compress.stages.convert.stage import ConvertAttention
-from compress.train.distributed import follow, is_follower, release
+from compress.train.distributed import follow, leading
+from compress.train.launch import is_follower
 
 LENGTH = 16
 ALIGN: dict[str, Any] = {"tokens": 8 * 2 * LENGTH, "sequence_length": LENGTH, "precision": "fp32"}
@@ -76,5 +77,5 @@ if __name__ == "__main__":
     if is_follower():
         follow()
     else:
-        main(*sys.argv[1:])
-        release()
+        with leading():
+            main(*sys.argv[1:])

@@ -16,7 +16,8 @@ from teaching import context
 
 from compress.artifact import Metrics
 from compress.stages.distill.stage import Distill
-from compress.train.distributed import follow, is_follower, release
+from compress.train.distributed import follow, leading
+from compress.train.launch import is_follower
 
 OPTIONS: dict[str, Any] = {
     "sequence_length": 16, "batch_size": 4, "tokens": 6 * 64, "eval_tokens": 96, "learning_rate": 3e-3, "eval_steps": 3,
@@ -34,8 +35,8 @@ if __name__ == "__main__":
     if is_follower():
         follow()
     else:
-        distil(Path(sys.argv[1]), {"input": Path(sys.argv[2]), "teacher": Path(sys.argv[3])})
-        release()
+        with leading():
+            distil(Path(sys.argv[1]), {"input": Path(sys.argv[2]), "teacher": Path(sys.argv[3])})
     threads = [Path(f"/proc/self/task/{thread}/comm").read_text() for thread in os.listdir("/proc/self/task")]
     if any("gloo" in thread for thread in threads):
         sys.exit(f"the process group outlives its end: {threads}")

@@ -81,7 +81,7 @@ def test_two_processes_equal_one(models, alone, tmp_path):
     launched = subprocess.run(command, capture_output=True, text=True, check=False)
     assert launched.returncode == 0, launched.stderr
     one, two = (load_file(folder / "out" / "model.safetensors") for folder in (alone[0], tmp_path))
-    assert max((one[name] - two[name]).abs().max().item() for name in one) <= 1e-6
+    assert max((one[name] - two[name]).abs().max().item() for name in one) <= 1e-5  # 2e-6 on a CPU without AVX-512
     assert (tmp_path / "work" / "checkpoint-6" / "rng_state_1.pth").is_file()
 
 

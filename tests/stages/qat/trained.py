@@ -17,7 +17,8 @@ from teaching import context
 
 from compress.artifact import Metrics
 from compress.stages.qat.stage import Qat
-from compress.train.distributed import follow, is_follower, release
+from compress.train.distributed import follow, leading
+from compress.train.launch import is_follower
 
 OPTIONS: dict[str, Any] = {
     "sequence_length": 16, "batch_size": 4, "tokens": 6 * 64, "eval_tokens": 96, "learning_rate": 1e-3, "eval_steps": 3,
@@ -57,5 +58,5 @@ if __name__ == "__main__":
         follow()
     else:
         be_killed(sys.argv[4] if len(sys.argv) > 4 else "")
-        qat(Path(sys.argv[1]), {"input": Path(sys.argv[2]), "teacher": Path(sys.argv[3])})
-        release()
+        with leading():
+            qat(Path(sys.argv[1]), {"input": Path(sys.argv[2]), "teacher": Path(sys.argv[3])})
