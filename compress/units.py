@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-from compress.train.distributed import is_follower
+from compress.train.launch import is_follower
 
 if TYPE_CHECKING:
     from torch import Tensor
