@@ -137,7 +137,7 @@ def read_artifact(path: Path) -> Artifact:
         )  # fmt: skip
         if not is_whole(raw):
             raise ValueError("its digest differs")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CompressError(str(manifest), f"is damaged ({error})", f"delete {path} and run again") from error
     if artifact.format not in FORMATS:
         raise CompressError(str(manifest), f"unknown format {artifact.format!r}", "written by another version?")

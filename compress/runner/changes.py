@@ -32,8 +32,10 @@ def news_of(plan: Plan, step: Step) -> News:
     """What made `step`, which has no finished artifact, new.
 
     It is held against the newest finished artifact of the same id, or else of the same stage, that no other step of the
-    plan uses.
+    plan uses. A step that was begun with these very ingredients, or finished and undone, is not new.
     """
+    if step.directory.exists():
+        return News()
     used = {other.directory for other in plan.steps}
     found = [each for each in _finished(plan.run_dir, used) if each.stage == step.stage.name]
     own = [artifact for artifact in found if artifact.id == step.id] or found
