@@ -34,8 +34,8 @@ def read_jsonl(file: Path, text_key: str) -> list[str]:
         with TemporaryDirectory(prefix="compress-") as cache:
             rows = Dataset.from_json(glob.escape(str(file.absolute())), cache_dir=cache, **options)
             texts = list(rows[text_key]) if text_key in rows.column_names else []
-    except (DatasetsError, ValueError, NotImplementedError):
-        texts = []
+    except (DatasetsError, OSError, ValueError, TypeError, LookupError, RuntimeError, ArithmeticError):
+        texts = []  # read again below, row by row
     return texts if texts and all(isinstance(text, str) for text in texts) else list(_row_by_row(file, text_key))
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
-from email.parser import HeaderParser
 from fnmatch import fnmatchcase
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -120,6 +119,8 @@ def _write_card(package: Package, sha256: str, licence: str | None, found: Path,
 
 
 def _licence_in(metadata: Path) -> str | None:
+    from email.parser import HeaderParser
+
     text = metadata.read_text("utf-8", errors="replace")
     if metadata.name == "package.json":
         return str(json.loads(text).get("license") or "") or None
