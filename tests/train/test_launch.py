@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
@@ -16,6 +17,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 import launches
 
 from compress.errors import InvalidInput
+from compress.pipeline.file import load_pipeline
+from compress.runner.run import run_pipeline
+from compress.stage import Reporter
 from compress.stages.convert.stage import ConvertAttention
 from compress.stages.distill.stage import Distill
 from compress.stages.qat.stage import Qat
@@ -135,3 +139,19 @@ def test_trainings_know_what_a_launch_can_divide(monkeypatch: pytest.MonkeyPatch
         assert not list(twin.indivisible())
         assert twin.num_steps == 2
 
+
+
+def test_a_run_refuses_steps_that_can_not_be_divided_before_anything_runs(
+    monkeypatch: pytest.MonkeyPatch, pico: Callable[[str], Path], tmp_path: Path
+) -> None:
+    stages = [{"prune-layers": {"drop": [1]}}, {"distill": {}}, {"convert-attention": {"to": "linear"}}]
+    file = tmp_path / "pipeline.yaml"
+    file.write_text(json.dumps({"name": "pico", "model": str(pico("llama")), "stages": stages}))
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(InvalidInput) as refusal:
+        run_pipeline(load_pipeline(file), runs=tmp_path / "runs", reporter=Reporter())
+    places = [problem.where for problem in refusal.value.problems]
+    options = ("align.batch_size", "distill.batch_size")
+    assert places == ["distill.batch_size", *(f"convert-attention.{option}" for option in options)]
+    assert not list((tmp_path / "runs").glob("pico/*-*"))
