@@ -83,15 +83,17 @@ class Peer:
                 self._needed = False
 
     def _listen(self) -> None:
-        with contextlib.suppress(EOFError, OSError):
-            while True:
-                message = self._connection.recv()
-                if isinstance(message, (int, str)):
-                    self.last_word = message
-                self._received.put(message)
-        self._received.put(EOFError())
-        self.ended.set()
-        self._free_main_thread()
+        try:
+            with contextlib.suppress(EOFError, OSError):
+                while True:
+                    message = self._connection.recv()
+                    if isinstance(message, (int, str)):
+                        self.last_word = message
+                    self._received.put(message)
+        finally:
+            self._received.put(EOFError())
+            self.ended.set()
+            self._free_main_thread()
 
     def _free_main_thread(self) -> None:
         """Let a broken collective raise; interrupt what goes on; end the process where neither helps."""
