@@ -26,8 +26,6 @@ from compress.stages.qat.stage import Qat
 from compress.train.distributed import leading
 from compress.train.launch import check_launch
 
-pytestmark = pytest.mark.xdist_group("launches")
-
 
 def ended(folder: Path, first: Callable[[Path], None], *, kill: bool = False, within: float = 30.0) -> list[int | None]:
     """The exit statuses of two processes, the first of which is killed once it is busy, where that is asked for."""
