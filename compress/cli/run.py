@@ -26,7 +26,8 @@ def run(
 
     Everything is written to runs/NAME: one directory a stage, run.json, run.log, report.md and report.html. What is
     finished is not computed again, also after a kill or a change of the file: only what a change reaches is.
-    Under `torchrun` or `accelerate launch` the first process runs the pipeline and the others train with it.
+    Under `torchrun` or `accelerate launch` the first process runs the pipeline and the others train with it; the next
+    launch may have another number of them. FSDP, DeepSpeed and the like are refused.
 
     Exit status: 0 done; 1 a stage failed; 2 invalid input, nothing ran; 3 a requirement was missed; 130 interrupted.
     """

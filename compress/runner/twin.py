@@ -15,7 +15,7 @@ from typing import Any
 from compress.errors import CompressError, InvalidInput
 from compress.models.anatomy import ModelShape, shape_of
 from compress.models.sources import source_artifact
-from compress.runner.execute import Setting, execute
+from compress.runner.execute import Setting, disk_explained, execute
 from compress.runner.journal import Journal, blank_record
 from compress.runner.plan import make_plan
 from compress.runner.prepare import Prepared, before_any_stage
@@ -42,7 +42,7 @@ def try_twin(prepared: Prepared) -> None:
     text. Raises InvalidInput for a source that can't be used, and naming the stage that failed; bugs keep their
     traceback.
     """
-    with tempfile.TemporaryDirectory(prefix="compress-twin-") as temporary:
+    with tempfile.TemporaryDirectory(prefix="compress-twin-") as temporary, disk_explained(Path(temporary)):
         run_dir = Path(temporary) / "run"
         run_dir.mkdir()
         origin = prepared.source_artifact

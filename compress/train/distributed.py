@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -77,10 +78,9 @@ def follow() -> None:
         first = join(store, int(os.environ["RANK"]), _MEETING.total_seconds())
     try:
         while not isinstance(message := first.receive(), int):
-            work = cast("tuple[Callable[[object, Reporter], object], object]", message)
+            function, job = cast("tuple[Callable[[object, Reporter], object], object]", message)
             with first.needed():
-                _form_group()
-                work[0](work[1], Reporter())
+                _take_part(function, job, Reporter())
     except BaseException as error:
         _tell(first, error)
         raise
@@ -103,8 +103,7 @@ def everywhere(function: Callable[[Job, Reporter], Result], job: Job, reporter: 
             for other in others:
                 all_needed.enter_context(other.needed())
                 other.send((function, job))
-            _form_group()
-            return function(job, reporter)
+            return _take_part(function, job, reporter)
     except (OSError, EOFError, RuntimeError, KeyboardInterrupt) as error:  # of a broken collective; of the launcher
         _explain(others, error)
         raise
@@ -144,7 +143,8 @@ def _met() -> Iterator[None]:
         raise StageFailed(where, what, "start all of them together, as torchrun does") from error
 
 
-def _form_group() -> None:
+def _take_part(function: Callable[[Job, Reporter], Result], job: Job, reporter: Reporter) -> Result:
+    """`function(job, reporter)` in a process group; no process leaves before all have done it."""
     import torch
     import torch.distributed.nn.functional  # imported later, its default arguments would keep the group from closing
     from accelerate import PartialState
@@ -152,6 +152,9 @@ def _form_group() -> None:
 
     if not distributed.is_initialized():
         PartialState(cpu=not torch.cuda.is_available(), timeout=_PATIENCE)
+    result = function(job, reporter)
+    PartialState().wait_for_everyone()
+    return result
 
 
 def _leave() -> None:
@@ -162,16 +165,21 @@ def _leave() -> None:
 
 
 def _explain(others: Sequence[Peer], error: BaseException) -> None:
-    """Raises what other processes failed of, where that is what `error` comes from."""
+    """Raises what other processes failed of, where that is what `error` comes from.
+
+    A launcher ends the processes that are left, too: not before this one has said why.
+    """
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
     until = time.monotonic() + _MOMENT_S
     for other in others:
         other.ended.wait(max(0.0, until - time.monotonic()))
     last_words = {other.name: other.last_word for other in others if other.last_word or other.ended.is_set()}
-    if _INTERRUPTED in last_words.values():
-        raise KeyboardInterrupt from error
-    if last_words:
+    if last_words and _INTERRUPTED not in last_words.values():
         what = "; ".join(f"{name}: {word or GONE}" for name, word in last_words.items())
         raise StageFailed("launch", what, _AGAIN) from error
+    signal.signal(signal.SIGTERM, before)
+    if last_words:
+        raise KeyboardInterrupt from error
 
 
 def _tell(first: Peer, error: BaseException) -> None:

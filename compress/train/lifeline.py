@@ -39,13 +39,13 @@ class Store(Protocol):
 class Peer:
     """Another process, such as `process 1`. `ended` is set when it is gone.
 
-    last_word: what it sent last; an int is the exit status that it, and all who need it, end with.
+    last_word: an exit status, which all who need it end with too; or what it failed of.
     What it sends is read by a thread as it comes: the main one may be in a collective that will never be complete.
     """
 
     def __init__(self, name: str, connection: Connection) -> None:
         self.name = name
-        self.last_word: object = None
+        self.last_word: int | str | None = None
         self.ended = threading.Event()
         self._connection = connection
         self._received: queue.SimpleQueue[object] = queue.SimpleQueue()
@@ -83,13 +83,17 @@ class Peer:
                 self._needed = False
 
     def _listen(self) -> None:
-        with contextlib.suppress(EOFError, OSError):
-            while True:
-                self.last_word = self._connection.recv()
-                self._received.put(self.last_word)
-        self._received.put(EOFError())
-        self.ended.set()
-        self._free_main_thread()
+        try:
+            with contextlib.suppress(EOFError, OSError):
+                while True:
+                    message = self._connection.recv()
+                    if isinstance(message, (int, str)):
+                        self.last_word = message
+                    self._received.put(message)
+        finally:
+            self._received.put(EOFError())
+            self.ended.set()
+            self._free_main_thread()
 
     def _free_main_thread(self) -> None:
         """Let a broken collective raise; interrupt what goes on; end the process where neither helps."""

@@ -20,7 +20,7 @@ from compress import registry
 from compress.cli.gc import unreferenced
 from compress.data.config import DataConfig
 from compress.data.text import TextData
-from compress.errors import CompressError, ExitCode, InvalidInput
+from compress.errors import CompressError, ExitCode, InvalidInput, is_full_disk
 from compress.pipeline.file import load_pipeline
 from compress.runner.lock import locked
 from compress.runner.record import RunRecord, State, load_record
@@ -212,6 +212,39 @@ def test_interrupting_is_recorded(run: Run, tmp_path: Path) -> None:
 def test_a_full_disk_in_a_stage_is_one_message(run: Run) -> None:
     with pytest.raises(CompressError, match="fake-shrink: no space is left on the disk"):
         run(shrink={"fail": "disk"})
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534"),
+        RuntimeError("PytorchStreamWriter failed writing file data/3: file write failed"),
+        RuntimeError("basic_ios::clear: iostream error"),
+        OSError("1000000 requested and 262112 written"),
+        OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)),
+        Exception("Error while serializing: I/O error: Disk quota exceeded (os error 122)"),
+    ],
+    ids=str,
+)
+def test_a_full_disk_in_the_words_of_libraries_is_one_message(
+    error: Exception, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(how: str) -> None:
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fakes, "_fail", fail)
+        with pytest.raises(CompressError, match=r"fake-shrink: no space is left on the disk.*free some and run again"):
+            run()
+    recorded = load_record(tmp_path / "runs/pico").stage("fake-shrink").error
+    assert recorded is not None
+    assert "no space is left on the disk" in recorded
+    assert run().state is State.DONE
+
+
+def test_other_errors_are_no_full_disk() -> None:
+    for error in (RuntimeError("CUDA out of memory"), OSError(errno.EIO, os.strerror(errno.EIO)), ValueError("28")):
+        assert not is_full_disk(error)
 
 
 def test_a_full_disk_outside_a_stage_is_one_message(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -15,11 +18,12 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from pico_training import LENGTH, STEPS, blocks, train
 
-from compress.errors import StageFailed
+from compress.errors import StageFailed, is_full_disk
 from compress.models.load import load_model
 from compress.train.callbacks import LossWatch
-from compress.train.checkpoints import is_complete, newest_complete, remove_incomplete
+from compress.train.checkpoints import is_complete, newest_complete
 from compress.train.engine import training_order
+from compress.train.resumable import ResumableTrainer
 from pico import make_pico
 
 
@@ -100,17 +104,134 @@ def test_killed_after_the_last_checkpoint_it_does_not_train_again(models, refere
     assert outcome.log == reference[1].log[: len(outcome.log)]
 
 
-def test_incomplete_checkpoints_are_seen_and_removed(reference, tmp_path):
-    whole = newest_complete(reference[2])
-    assert whole is not None
-    for name in ("trainer_state.json", "optimizer.pt", "rng_state.pth", "model.safetensors"):
-        copy = tmp_path / f"checkpoint-{len(list(tmp_path.iterdir())) + 100}"
-        shutil.copytree(whole, copy)
-        (copy / name).write_bytes((copy / name).read_bytes()[:-20])
-        assert not is_complete(copy), name
-    assert newest_complete(tmp_path) is None
-    remove_incomplete(tmp_path)
-    assert not list(tmp_path.iterdir())
+def cut_off(reference_work: Path, work: Path) -> Path:
+    """A copy of a training that was killed before its last checkpoint; the checkpoint that is left."""
+    shutil.copytree(reference_work, work)
+    left, last = sorted(work.glob("checkpoint-*"))
+    shutil.rmtree(last)
+    return left
+
+
+def written_by_two(checkpoint: Path) -> None:
+    """Make it a checkpoint of a launch of two processes."""
+    state = (checkpoint / "rng_state.pth").rename(checkpoint / "rng_state_0.pth")
+    shutil.copyfile(state, checkpoint / "rng_state_1.pth")
+
+
+def test_what_lacks_a_whole_state_is_removed(models, reference, tmp_path):
+    left = cut_off(reference[2], tmp_path / "work")
+    for step, size in ((90, 0), (91, 100)):
+        shutil.copytree(left, left.with_name(f"checkpoint-{step}"))
+        os.truncate(left.with_name(f"checkpoint-{step}") / "trainer_state.json", size)
+    weights, _ = train(*models, tmp_path / "work")
+    assert distance(weights, reference[0]) == 0.0
+    assert {path.name for path in (tmp_path / "work").glob("*checkpoint*")} == {left.name, f"checkpoint-{STEPS}"}
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "model.safetensors"])
+def test_a_damaged_checkpoint_is_passed_over_and_kept(models, reference, tmp_path, caplog, name):
+    work = tmp_path / "work"
+    shutil.copytree(reference[2], work)
+    last = work / f"checkpoint-{STEPS}"
+    whole = (last / name).read_bytes()
+    (last / name).write_bytes(whole[:-20])
+    assert not is_complete(last)
+    weights, outcome = train(*models, work)
+    assert distance(weights, reference[0]) == 0.0
+    assert outcome.best_step == reference[1].best_step
+    assert (work / f"damaged-1-{last.name}" / name).read_bytes() == whole[:-20]
+    assert is_complete(last)
+    assert "is damaged: passed over, and kept as" in caplog.text
+
+
+def test_a_flipped_bit_is_damage(reference, tmp_path):
+    left = cut_off(reference[2], tmp_path / "work")
+    whole = bytearray((left / "optimizer.pt").read_bytes())
+    whole[len(whole) // 2] ^= 1
+    (left / "optimizer.pt").write_bytes(whole)
+    assert newest_complete(tmp_path / "work") is None
+
+
+def test_checkpoints_of_another_number_of_processes_are_gone_on_from(models, reference, tmp_path, caplog):
+    left = cut_off(reference[2], tmp_path / "work")
+    written_by_two(left)
+    before = (left / "optimizer.pt").stat()
+    weights, _ = train(*models, tmp_path / "work")
+    after = (left / "optimizer.pt").stat()
+    assert distance(weights, reference[0]) == 0.0, "no dropout, so that the random state does not count"
+    assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns), "trained again"
+    assert f"{left.name} has no random state for 1 process (another number of them wrote it" in caplog.text
+
+
+def test_a_training_that_another_number_of_processes_finished_is_finished(models, reference, tmp_path):
+    shutil.copytree(reference[2], tmp_path / "work")
+    for checkpoint in (tmp_path / "work").glob("checkpoint-*"):
+        written_by_two(checkpoint)
+    weights, outcome = train(*models, tmp_path / "work", learning_rate=1.0)
+    assert distance(weights, reference[0]) == 0.0
+    assert outcome.log == reference[1].log[: len(outcome.log)]
+
+
+def test_random_states_that_are_damaged_are_done_without(models, reference, tmp_path, caplog):
+    left = cut_off(reference[2], tmp_path / "work")
+    os.truncate(left / "rng_state.pth", 100)
+    weights, _ = train(*models, tmp_path / "work")
+    assert distance(weights, reference[0]) == 0.0
+    assert "no random state" in caplog.text
+
+
+def test_the_best_survives_a_resume_from_elsewhere_and_clocks_that_disagree(models, tmp_path, monkeypatch):
+    jumpy = {"learning_rate": 0.2, "warmup_ratio": 0.0, "lr_scheduler_type": "constant_with_warmup", "eval_steps": 1}
+    for folder in ("here", "there"):
+        (tmp_path / folder).mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    weights, outcome = train(*models, Path("work"), **jumpy)
+    best, last = f"checkpoint-{outcome.best_step}", f"checkpoint-{STEPS}"
+    assert 0 < outcome.best_step < STEPS
+    assert {path.name for path in Path("work").glob("checkpoint-*")} == {best, last}
+    monkeypatch.chdir(tmp_path / "there")
+    shutil.copytree("../here/work", "work", ignore=shutil.ignore_patterns(last))
+    shutil.rmtree(tmp_path / "here")
+    other = Path("work") / "checkpoint-0"
+    shutil.copytree(Path("work") / best, other)
+    os.utime(other, (2**32, 2**32))  # written by a machine whose clock is ahead
+    again, told = train(*models, Path("../there/work"), **jumpy)
+    assert told.best_step == outcome.best_step
+    assert distance(again, weights) == 0.0
+    assert {path.name for path in Path("work").glob("checkpoint-*")} == {best, last}
+
+
+def test_a_full_disk_is_known_and_nothing_is_lost(models, reference, tmp_path, monkeypatch):
+    save = ResumableTrainer._save
+
+    def save_on_a_full_disk(self, output_dir=None, state_dict=None):
+        save(self, output_dir, state_dict)
+        if output_dir.endswith("checkpoint-4"):
+            os.symlink("/dev/full", Path(output_dir, "optimizer.pt"))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ResumableTrainer, "_save", save_on_a_full_disk)
+        with pytest.raises(RuntimeError) as failure:
+            train(*models, tmp_path)
+    assert is_full_disk(failure.value)
+    assert newest_complete(tmp_path) == tmp_path / "checkpoint-2"
+    weights, _ = train(*models, tmp_path)
+    assert distance(weights, reference[0]) == 0.0
+
+
+def test_a_disk_too_full_for_events_is_said_once(models, tmp_path, monkeypatch, capfd):
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    def write(self, data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(RecordWriter, "write", write)
+    hooked = []
+    monkeypatch.setattr(threading, "excepthook", lambda failure: hooked.append(failure.exc_value))
+    with pytest.raises(OSError, match="No space left") as failure:
+        train(*models, tmp_path)
+    assert is_full_disk(failure.value)
+    assert hooked == []
 
 
 def test_a_loss_that_is_no_number_stops_it_and_keeps_the_last_checkpoint(models, tmp_path, monkeypatch):

@@ -14,6 +14,7 @@ import torch
 
 from compress.artifact import Artifact, Metrics
 from compress.stage import StageContext, Target
+from compress.stages.convert import conversion
 from compress.stages.convert.stage import ConvertAttention
 from compress.train.distributed import follow, leading
 from compress.train.launch import is_follower
@@ -74,7 +75,8 @@ def main(mode: str, folder: str, source: str, options: str) -> None:
 
 
 if __name__ == "__main__":
-    if is_follower():
+    if is_follower():  # it is told which layers to convert
+        del conversion.proxy_scores
         follow()
     else:
         with leading():

@@ -36,7 +36,8 @@ if __name__ == "__main__":
         follow()
     else:
         with leading():
-            distil(Path(sys.argv[1]), {"input": Path(sys.argv[2]), "teacher": Path(sys.argv[3])})
+            for folder in sys.argv[3:]:
+                distil(Path(folder), {"input": Path(sys.argv[1]), "teacher": Path(sys.argv[2])})
     threads = [Path(f"/proc/self/task/{thread}/comm").read_text() for thread in os.listdir("/proc/self/task")]
     if any("gloo" in thread for thread in threads):
         sys.exit(f"the process group outlives its end: {threads}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -73,16 +74,35 @@ def test_it_leaves_its_history(alone):
     assert len(events.Scalars("eval/kl")) == 3
 
 
-def test_two_processes_equal_one(models, alone, tmp_path):
+def killed_before_its_end(folder: Path, copy: Path) -> Path:
+    """A copy of a distillation that was killed after its first checkpoint."""
+    shutil.copytree(folder / "work", copy / "work", ignore=shutil.ignore_patterns("checkpoint-6"))
+    return copy
+
+
+def difference(one: Path, other: Path) -> float:
+    tensors, others = (load_file(folder / "out" / "model.safetensors") for folder in (one, other))
+    return max((tensors[name] - others[name]).abs().max().item() for name in tensors)
+
+
+def test_two_processes_equal_one_also_where_they_go_on_from_it_or_it_from_them(models, alone, tmp_path, caplog):
+    fresh, resumed, back = (tmp_path / name for name in ("fresh", "resumed", "back"))
+    fresh.mkdir()
+    killed_before_its_end(alone[0], resumed)
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-        str(Path(__file__).with_name("launched.py")), str(tmp_path), str(models["input"]), str(models["teacher"]),
+        str(Path(__file__).with_name("launched.py")), *map(str, (*models.values(), fresh, resumed)),
     ]  # fmt: skip
     launched = subprocess.run(command, capture_output=True, text=True, check=False)
     assert launched.returncode == 0, launched.stderr
-    one, two = (load_file(folder / "out" / "model.safetensors") for folder in (alone[0], tmp_path))
-    assert max((one[name] - two[name]).abs().max().item() for name in one) <= 1e-5  # 2e-6 on a CPU without AVX-512
-    assert (tmp_path / "work" / "checkpoint-6" / "rng_state_1.pth").is_file()
+    assert "checkpoint-3 has no random state for 2 processes" in launched.stderr
+    distil(killed_before_its_end(fresh, back), models)
+    assert "checkpoint-3 has no random state for 1 process" in caplog.text
+    for folder in (fresh, resumed, back):
+        assert difference(alone[0], folder) <= 1e-5  # 2e-6 on a CPU without AVX-512
+    states = [{file.name for file in (folder / "work").glob("checkpoint-?/rng_state*")} for folder in (fresh, resumed)]
+    assert states == [{"rng_state_0.pth", "rng_state_1.pth"}, {"rng_state.pth", "rng_state_0.pth", "rng_state_1.pth"}]
+    assert (resumed / "work" / "checkpoint-3" / "rng_state.pth").exists(), "one process's is deleted"
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "gpt_neox", "qwen3"])
