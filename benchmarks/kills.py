@@ -59,7 +59,7 @@ PIPELINES: Mapping[str, Sequence[Mapping[str, Any]]] = {
     "chosen": [
         {"choose-format": {
             **_RACE, **_JUDGED, "schemes": ["w8-block32", "w4-block32"], "quantize": {"tokens": 2048},
-            "budget": {"top1_agreement": 0.9},
+            "budget": {"top1_agreement": 0.7},
         }},
         {"evaluate": _JUDGED},
     ],
@@ -73,7 +73,7 @@ _FREE = frozenset({"warnings", "environment", "method"})
 """Keys of JSON about times whose values' shapes depend on the machine and on kills."""
 _LINE = re.compile(r"(?P<date>\S+ \S+) INFO (?P<logger>\S+): (?P<message>.*)")
 _HEADING = re.compile(r"\[\d+/\d+\] (?P<id>[^:\s]+)(?P<ended>: (done|cached))?")
-_POLL_S = 0.004
+_POLL_S = 0.02
 
 
 @dataclass(frozen=True)
