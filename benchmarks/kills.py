@@ -2,9 +2,9 @@
 
     python -m compress.benchmarks.kills MODEL --out FOLDER
 
-MODEL is a save_pretrained folder of a small decoder, best a pico one. The pipelines below run once undisturbed; the
-moments are drawn evenly from the seconds that this took, and found again by what stands in `run.log` before them. Each
-kill is SIGKILL to the whole process group. Prints a report in Markdown; exit status 1 where a digest differs, or where
+MODEL is a save_pretrained folder of a small decoder, best a pico one. The pipelines below run once undisturbed; one
+moment is drawn from each of as many equal parts of the time that this took, and found again by what stands in
+`run.log` before it. Each kill is SIGKILL to the whole process group. Prints a report in Markdown; exit status 1 where a digest differs, or where
 a layer, round or block was finished twice.
 """
 
@@ -59,7 +59,7 @@ PIPELINES: Mapping[str, Sequence[Mapping[str, Any]]] = {
     "chosen": [
         {"choose-format": {
             **_RACE, **_JUDGED, "schemes": ["w8-block32", "w4-block32"], "quantize": {"tokens": 2048},
-            "budget": {"top1_agreement": 0.9},
+            "budget": {"top1_agreement": 0.7},
         }},
         {"evaluate": _JUDGED},
     ],
@@ -73,7 +73,7 @@ _FREE = frozenset({"warnings", "environment", "method"})
 """Keys of JSON about times whose values' shapes depend on the machine and on kills."""
 _LINE = re.compile(r"(?P<date>\S+ \S+) INFO (?P<logger>\S+): (?P<message>.*)")
 _HEADING = re.compile(r"\[\d+/\d+\] (?P<id>[^:\s]+)(?P<ended>: (done|cached))?")
-_POLL_S = 0.004
+_POLL_S = 0.02
 
 
 @dataclass(frozen=True)
@@ -200,12 +200,12 @@ class Moment:
 
 
 def moments(runs: Runs, number: int, seed: int) -> list[Moment]:
-    """Drawn evenly from the seconds that the undisturbed `runs` took, in order."""
+    """One from each of `number` equal parts of the seconds that the undisturbed `runs` took, at random."""
     spans = [(name, *pair) for name in PIPELINES for pair in pairwise(marks(runs.log(name)))]
     lengths = [following.seconds - one.seconds for _, one, following in spans]
     generator, found = random.Random(seed), []
-    for drawn in sorted(generator.uniform(0, sum(lengths)) for _ in range(number)):
-        left = drawn
+    for part in range(number):
+        left = (part + generator.random()) * sum(lengths) / number
         for (name, one, following), length in zip(spans, lengths, strict=True):
             if left < length:
                 found.append(Moment(name, one, following, left))
