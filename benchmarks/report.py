@@ -12,6 +12,7 @@ from compress.artifact import Metrics
 from compress.benchmarks.contest import SETTLE_SECONDS, Measured
 from compress.benchmarks.environment import warnings_of
 from compress.benchmarks.timing import ratio, summarise
+from compress.report.optional import drawing
 from compress.report.tables import Table, as_markdown
 
 _WORDS = {
@@ -85,6 +86,7 @@ def footnote(found: Mapping[str, Any]) -> str:
     return "\n\n".join([text, *(f"**Warning:** {warning}." for warning in found["warnings"])])
 
 
+@drawing
 def plot(found: Mapping[str, Any], file: Path) -> None:
     """Medians over prompt length, whiskers from the 10th to the 90th percentile; one panel a figure."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
