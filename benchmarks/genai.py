@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from compress.errors import CompressError
+from compress.processes import run_program
 
 CONFIG = "genai_config.json"
 _LIBRARY = "custom_ops_library"
@@ -54,7 +54,7 @@ def build(
         "-m", str(source), "-o", str(out), "-p", precision, "-e", "cpu", "-c", str(cache),
         "--extra_options", "hf_remote=false", *extra_options,
     ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = run_program(command)
     if done.returncode != 0 or not (out / "model.onnx").is_file():
         words = (done.stderr.strip() or done.stdout.strip()).splitlines()
         raise CompressError("onnxruntime-genai's builder", f"failed: {words[-1] if words else 'it said nothing'}")

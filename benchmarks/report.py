@@ -13,6 +13,7 @@ from compress.benchmarks.contest import SETTLE_SECONDS, Measured
 from compress.benchmarks.environment import warnings_of
 from compress.benchmarks.rounds import Round, resumed_after
 from compress.benchmarks.timing import ratio, summarise
+from compress.report.optional import drawing
 from compress.report.tables import Table, as_markdown
 
 _WORDS = {
@@ -101,6 +102,7 @@ def _resumed(method: Mapping[str, Any]) -> str:
     return f" (stopped after round {after}, and gone on with in new processes, warmed up again)" if after else ""
 
 
+@drawing
 def plot(found: Mapping[str, Any], file: Path) -> None:
     """Medians over prompt length, whiskers from the 10th to the 90th percentile; one panel a figure."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import json
 import os
+import queue
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from time import perf_counter_ns
@@ -112,7 +114,7 @@ def load(folder: Path, runtime: str, threads: int) -> Subject:
 
 
 def serve(commands: Iterator[str], answer: Callable[[dict[str, Any]], None]) -> None:
-    """Obey until stdin ends. A CompressError is answered; anything else ends the process with its traceback."""
+    """Obey one command after the other. A CompressError is answered; anything else ends the process, with traceback."""
     memory = PeakMemory()
     subject: Subject | None = None
     for line in commands:
@@ -131,6 +133,20 @@ def serve(commands: Iterator[str], answer: Callable[[dict[str, Any]], None]) -> 
             answer(reply | {"peak_rss_mb": memory.peak_mb()})
         except CompressError as error:
             answer({"error": vars(error.problem)})
+
+
+def commands() -> Iterator[str]:
+    """The lines of stdin. Where it ends, who asks is gone, killed perhaps: so is this process, whatever it computes."""
+    lines: queue.SimpleQueue[str] = queue.SimpleQueue()
+
+    def listen() -> None:
+        for line in iter(sys.stdin.readline, ""):
+            lines.put(line)
+        os._exit(0)
+
+    threading.Thread(target=listen, daemon=True).start()  # waits for its turn in `read`, and takes no time
+    while True:
+        yield lines.get()
 
 
 def _prompt(command: dict[str, Any]) -> Ints:
@@ -162,7 +178,7 @@ def main() -> None:
         channel.write(json.dumps(reply) + "\n")
         channel.flush()
 
-    serve(iter(sys.stdin.readline, ""), answer)
+    serve(commands(), answer)
 
 
 if __name__ == "__main__":

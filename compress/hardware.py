@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from compress import __version__
+from compress.errors import InvalidInput
 
 VECTOR_FLAGS = ("avx", "amx", "fma", "asimd", "neon", "sve", "i8mm")
 """What the flags of vector and matrix instructions begin with: an operator's kernel is chosen by them."""
+THREADS_PER_CPU = 8
 _PACKAGES = ("torch", "transformers", "onnxruntime", "onnx", "numpy")
 
 
@@ -60,6 +62,18 @@ def this_machine() -> Machine:
         ram_gb=round(psutil.virtual_memory().total / 1e9, 1),
         system=f"{platform.system()} {platform.machine()}",
     )
+
+
+def check_threads(threads: int, where: str) -> None:
+    """Raise InvalidInput for more than THREADS_PER_CPU threads for each CPU that this process may use.
+
+    With a few more than one they share, which measurements warn of. Threads of ONNX Runtime spin: with 32 a CPU a model
+    of a megabyte takes seconds to load, with 500 minutes, and thousands never come up.
+    """
+    cpus = this_machine().num_cpus
+    if threads > THREADS_PER_CPU * cpus:
+        what = f"{threads} threads, but this process may use {cpus} CPU{'s' if cpus > 1 else ''}"
+        raise InvalidInput(where, what, f"write {cpus}, one for each")
 
 
 def has_bf16() -> bool:

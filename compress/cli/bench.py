@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
 from compress.errors import InvalidInput
+
+PLOTS = (".png", ".svg", ".pdf")
 
 
 def bench(
@@ -33,11 +36,14 @@ def bench(
         compress bench out/ours out/theirs --prompts 128,1024 --threads 2
     """
     from compress.cli.screen import print_json, print_line, print_table, reporting
+    from compress.hardware import check_threads
 
     for folder in folders:
         if not any(folder.glob("*.onnx")):
             raise InvalidInput(str(folder), "has no ONNX model", "name a folder with a .onnx file")
     lengths, batch_sizes = _counts(prompts, "--prompts"), _counts(batch, "--batch")
+    check_threads(threads, "--threads")
+    _check_installed(runtime, plot)
 
     from compress.benchmarks import report
     from compress.benchmarks.contest import Budget, Workload
@@ -52,13 +58,27 @@ def bench(
             _named(folders), [Workload(tokens, rows, new_tokens) for rows in batch_sizes for tokens in lengths],
             Budget(repeats, max_seconds), threads=threads, runtime=runtime, reporter=reporter,
         )  # fmt: skip
-    if plot is not None:
-        report.plot(found, plot)
-    if as_json:
-        print_json(found)
+        if as_json:
+            print_json(found)
+        else:
+            print_table(report.table(found))
+            print_line(report.footnote(found))
+        if plot is not None:  # last: what was measured is out by then
+            report.plot(found, plot)
+
+
+def _check_installed(runtime: str, plot: Path | None) -> None:
+    """Raise InvalidInput for what can't be had, now and not after minutes of measuring."""
+    if runtime == "genai" and find_spec("onnxruntime_genai") is None:
+        raise InvalidInput("--runtime genai", "onnxruntime-genai is not installed", "pip install onnxruntime-genai")
+    if plot is None:
         return
-    print_table(report.table(found))
-    print_line(report.footnote(found))
+    if find_spec("matplotlib") is None:
+        raise InvalidInput("--plot", "matplotlib, which draws it, is not installed", "pip install matplotlib")
+    if plot.suffix not in PLOTS:
+        raise InvalidInput("--plot", f"{str(plot)!r} is no {', '.join(PLOTS)}", "name a file that ends so")
+    if not plot.parent.is_dir() or plot.is_dir():
+        raise InvalidInput("--plot", f"{str(plot)!r} can't be a file", "name a file in a folder that is there")
 
 
 def _counts(text: str, option: str) -> list[int]:

@@ -29,11 +29,11 @@ def check(
     found = check_file(pipeline)
     print_notes(found.notes)
     if as_json:
-        typer.echo(json.dumps(found.to_json(), indent=1))
+        print(json.dumps(found.to_json(), indent=1))
         raise typer.Exit(ExitCode.INVALID_INPUT if found.problems else ExitCode.DONE)
     if found.problems:
         raise InvalidInput.of(found.problems)
     steps = [node for node in found.graph.nodes if not node.hidden]
     hidden = len(found.graph.nodes) - len(steps)
     count = f"{len(steps)} stage{'s' if len(steps) != 1 else ''}{f' and {hidden} hidden' if hidden else ''}"
-    typer.echo(f"{pipeline}: valid, {count}: {' → '.join(node.id for node in steps)}")
+    print(f"{pipeline}: valid, {count}: {' → '.join(node.id for node in steps)}")

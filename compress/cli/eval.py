@@ -46,12 +46,14 @@ def evaluate(
         compress eval runs/quickstart/07-export-onnx-…  --text novel.txt --against models/smollm2
     """
     from compress.cli.screen import print_json, print_table, reporting
+    from compress.hardware import check_threads
     from compress.report.tables import Table
 
     for place in filter(None, (folder, against)):
         if not place.is_dir():
             raise InvalidInput(str(place), "is no directory", "name a folder with a model")
 
+    check_threads(threads, "--threads")
     asked = _recall(tuple(recall), folder) if recall else None
 
     from compress.benchmarks.judging import judge

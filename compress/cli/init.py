@@ -35,4 +35,4 @@ def init(
         raise InvalidInput(str(output), "is there already", "name another with --output, or give --force") from error
     except OSError as error:
         raise InvalidInput(str(output), f"can't be written ({error.strerror})", "name another with --output") from error
-    typer.echo(output)
+    print(output)

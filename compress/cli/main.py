@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from compress import __version__
 from compress.cli.bench import bench
@@ -21,11 +22,26 @@ from compress.cli.schema import schema
 from compress.cli.screen import print_problem
 from compress.cli.show import show
 from compress.cli.stages import stages
+from compress.cli.streams import flush_stdout, settled
 from compress.cli.verify import verify
-from compress.errors import CompressError
+from compress.errors import CompressError, ExitCode
+from compress.runner.logs import terminable
+
+
+class _Verbs(TyperGroup):
+    """The verbs, each of which Ctrl-C and SIGTERM end in one line."""
+
+    def invoke(self, ctx: Any) -> Any:
+        with terminable():
+            try:
+                return super().invoke(ctx)
+            except KeyboardInterrupt:
+                print("interrupted", file=sys.stderr)
+                raise typer.Exit(ExitCode.INTERRUPTED) from None
+
 
 app = typer.Typer(
-    name="compress", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    name="compress", cls=_Verbs, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Exit status: 0 done, 1 a stage failed, 2 invalid input and nothing ran, 3 a requirement was missed, "
@@ -60,11 +76,26 @@ app.command("eval")(evaluate)
 def main() -> None:
     """Run the command line and exit."""
     quiet_libraries()
+    with settled():
+        sys.exit(_status())
+
+
+def _status() -> int:
+    """Run the command line; its exit status."""
+    status = 0
     try:
         app()
+    except SystemExit as end:
+        status = int(end.code or 0)
     except CompressError as error:
         print_problem(error)
-        sys.exit(error.exit_code)
+        status = error.exit_code
+    try:
+        flush_stdout()
+    except CompressError as error:
+        print_problem(error)
+        status = status or error.exit_code
+    return status
 
 
 def quiet_libraries() -> None:

@@ -8,6 +8,7 @@ import typer
 
 from compress.cli.options import RUNS, JsonOption, PipelineArgument, RunsOption
 from compress.cli.screen import print_json, reporting
+from compress.cli.streams import flush_stdout
 from compress.errors import ExitCode
 
 
@@ -55,5 +56,6 @@ def run(
         print_json(as_json(record, run_dir))
     else:
         print_run(record, run_dir)
+    flush_stdout(kept=f"`compress show {run_dir}` shows it")
     if record.state is State.MISSED:
         raise typer.Exit(ExitCode.REQUIREMENT_MISSED)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 
-import typer
-
 
 def schema() -> None:
     """Print the JSON Schema of the pipeline file, made from the installed stages.
@@ -19,4 +17,4 @@ def schema() -> None:
     """
     from compress.pipeline.schema import file_schema
 
-    typer.echo(json.dumps(file_schema(), indent=1))
+    print(json.dumps(file_schema(), indent=1))

@@ -125,4 +125,4 @@ class _Bars:
 def _stdout() -> Console:
     from rich.console import Console
 
-    return Console() if sys.stdout.isatty() else Console(width=160)
+    return Console(file=sys.stdout, width=None if sys.stdout.isatty() else 160)

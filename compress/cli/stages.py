@@ -31,15 +31,15 @@ def stages(
         from compress.pipeline.matrix import as_markdown, cells
 
         found = cells()
-        typer.echo(json.dumps([cell.to_json() for cell in found], indent=1) if as_json else as_markdown(found))
+        print(json.dumps([cell.to_json() for cell in found], indent=1) if as_json else as_markdown(found))
     elif name is None:
         described = [describe(stage_class(each)) for each in stage_names()]
-        typer.echo(json.dumps(described, indent=1) if as_json else "\n".join(_listing(described)))
+        print(json.dumps(described, indent=1) if as_json else "\n".join(_listing(described)))
     elif name not in stage_names():
         raise InvalidInput(name, "there is no such stage", did_you_mean(name, stage_names()))
     else:
         one = describe(stage_class(name))
-        typer.echo(json.dumps(one, indent=1) if as_json else "\n".join(_page(one)))
+        print(json.dumps(one, indent=1) if as_json else "\n".join(_page(one)))
 
 
 def describe(cls: type[Stage]) -> dict[str, Any]:

@@ -5,13 +5,14 @@ It lies where the platform keeps caches, or where the environment's COMPRESS_CAC
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,13 @@ _RACY_NS = 2_000_000_000
 
 
 def cache_root() -> Path:
-    """The cache's directory; it need not exist."""
-    named = os.environ.get(VARIABLE)
-    return Path(named or platformdirs.user_cache_dir("compress-pipeline", appauthor=False)).expanduser()
+    """The cache's directory; it need not exist. Raises CompressError where there is no home to put it in."""
+    try:
+        named = os.environ.get(VARIABLE) or platformdirs.user_cache_dir("compress-pipeline", appauthor=False)
+        return Path(named).expanduser()
+    except RuntimeError as error:
+        what = "there is no home directory to keep the cache in"
+        raise CompressError(VARIABLE, what, "set it to a folder") from error
 
 
 def entry_path(kind: str, identity: str) -> Path:
@@ -64,13 +69,12 @@ def ensure(kind: str, identity: str, build: Callable[[Path], Mapping[str, Any]])
     entry = entry_path(kind, identity)
     if finished(entry) is not None:
         return entry
-    try:
-        entry.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(entry.with_name(entry.name + ".lock")):
-            if finished(entry) is None:
+    with _locked(entry):
+        if finished(entry) is None:
+            try:
                 _build(entry, build)
-    except (OSError, SafetensorError) as error:
-        raise _disk_problem(error) or error from error
+            except (OSError, SafetensorError) as error:
+                raise _disk_problem(error) or error from error
     return entry
 
 
@@ -104,7 +108,23 @@ def remember(memo: Path, value: object) -> None:
         write_json(own, value)
         own.replace(memo)
     except OSError:
-        own.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            own.unlink()
+
+
+@contextlib.contextmanager
+def _locked(entry: Path) -> Iterator[None]:
+    """Hold an entry for this process alone."""
+    lock = FileLock(entry.with_name(entry.name + ".lock"))
+    try:
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except (OSError, NotImplementedError) as error:  # the latter of a file system that has no locks
+        raise _disk_problem(error) or _unwritable(getattr(error, "strerror", None) or str(error)) from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _build(entry: Path, build: Callable[[Path], Mapping[str, Any]]) -> None:
@@ -125,13 +145,18 @@ def _build(entry: Path, build: Callable[[Path], Mapping[str, Any]]) -> None:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def _disk_problem(error: OSError | SafetensorError) -> CompressError | None:
+def _disk_problem(error: Exception) -> CompressError | None:
     if is_full_disk(error):
         return CompressError(str(cache_root()), "no space is left in the cache", f"free some, or set {VARIABLE}")
     unwritable = (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
     if isinstance(error, OSError) and error.errno in unwritable:
-        return CompressError(str(cache_root()), "the cache can't be written", f"set {VARIABLE} to a place that can")
+        return _unwritable(error.strerror)
     return None
+
+
+def _unwritable(why: str | None) -> CompressError:
+    what = f"the cache can't be written ({why})"
+    return CompressError(str(cache_root()), what, f"set {VARIABLE} to a place that can")
 
 
 def _sha256(file: Path) -> str:

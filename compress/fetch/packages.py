@@ -10,7 +10,6 @@ import hashlib
 import importlib.util
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from tempfile import TemporaryDirectory
 
 from compress.errors import CompressError, InvalidInput
 from compress.fetch.archive import unpack
+from compress.processes import run_program
 
 SCHEMES = ("pypi://", "npm://")
 
@@ -91,7 +91,7 @@ def download(package: Package, folder: Path) -> Path:
     """
     command = _pip(package) if package.scheme == "pypi" else _npm(package)
     try:
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        done = run_program(command, folder)
     except OSError as error:
         raise CompressError(package.uri, f"{command[0]} can't be started ({error.strerror})", "repair it") from error
     archives = [file for file in folder.iterdir() if file.suffix in (".whl", ".tgz")]
@@ -134,7 +134,8 @@ def _npm(package: Package) -> list[str]:
     npm = shutil.which("npm")
     if npm is None:
         raise CompressError(package.uri, "npm, which fetches it, is not on PATH", "install Node.js")
-    return [npm, "pack", "--ignore-scripts", "--loglevel=error", f"{package.name}@{package.version}"]
+    options = ["--ignore-scripts", "--loglevel=error", "--cache=.npm"]  # of its own: the home may not be writable
+    return [npm, "pack", *options, f"{package.name}@{package.version}"]
 
 
 def _why(package: Package, output: str) -> CompressError:

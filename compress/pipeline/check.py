@@ -10,19 +10,23 @@ from typing import Any
 from compress.errors import InvalidInput, Problem
 from compress.models.anatomy import ModelShape, shape_of
 from compress.models.sources import parse_source
-from compress.pipeline.file import Draft, Pipeline, in_order, load_pipeline, read_draft
+from compress.pipeline.file import Draft, Pipeline, in_order, read_draft
 from compress.pipeline.graph import Graph, build_graph
 from compress.pipeline.require import measured_early, unproven
 
 
 @dataclass(frozen=True)
 class Checked:
-    """What was found. Notes are worth a word and no faults: what is unchecked, what may not be meant."""
+    """What was found. Notes are worth a word and no faults: what is unchecked, what may not be meant.
+
+    draft: what was read of the file; None where it can't be read at all.
+    """
 
     path: Path
     problems: tuple[Problem, ...]
     notes: tuple[Problem, ...] = ()
     graph: Graph = field(default_factory=lambda: Graph(()))
+    draft: Draft | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The same for other programs."""
@@ -61,15 +65,18 @@ def check_file(path: Path) -> Checked:
     if not draft.problems:  # of a broken file, only what lies before the first fault can be judged
         problems += unproven(graph, draft.require)
         notes += measured_early(graph, draft.require)
-    return Checked(path, in_order(problems), in_order(notes), graph)
+    return Checked(path, in_order(problems), in_order(notes), graph, draft)
 
 
 def valid_pipeline(path: Path) -> Pipeline:
-    """The pipeline in `path`, for a run. Raises InvalidInput with everything that `check_file` finds."""
+    """The pipeline in `path`, for a run. Raises InvalidInput with everything that `check_file` finds.
+
+    Reads it once: it may be a pipe.
+    """
     checked = check_file(path)
-    if checked.problems:
+    if checked.problems or checked.draft is None:
         raise InvalidInput.of(checked.problems)
-    return load_pipeline(path)
+    return checked.draft.pipeline()
 
 
 def _data_problems(draft: Draft) -> Iterator[Problem]:

@@ -8,6 +8,7 @@ from html import escape
 from pathlib import Path
 
 from compress.hardware import VECTOR_FLAGS
+from compress.report.optional import optional
 from compress.report.tables import Table, as_markdown, recall_table, result_table, stages_table
 from compress.runner.record import RunRecord, State
 
@@ -27,7 +28,9 @@ def write_report(run_dir: Path, record: RunRecord) -> None:
     """Write `report.md`, `report.html` (which needs no other file) and the plots to `run_dir`."""
     from compress.report.plots import draw
 
-    plots = [*draw(record, run_dir / PLOTS), *_stage_plots(run_dir, record)]
+    plots = _stage_plots(run_dir, record)
+    with optional("the plots of the report"):
+        plots = [*draw(record, run_dir / PLOTS), *plots]
     _put(run_dir / MARKDOWN, _markdown(run_dir, record, plots))
     _put(run_dir / HTML, _html(run_dir, record, plots))
 
@@ -35,6 +38,12 @@ def write_report(run_dir: Path, record: RunRecord) -> None:
 def has_report(run_dir: Path) -> bool:
     """Whether there is one already."""
     return all((run_dir / name).is_file() for name in (MARKDOWN, HTML))
+
+
+def remove_report(run_dir: Path) -> None:
+    """Remove the one that is there, if any."""
+    for name in (MARKDOWN, HTML):
+        (run_dir / name).unlink(missing_ok=True)
 
 
 def _markdown(run_dir: Path, record: RunRecord, plots: list[Path]) -> str:

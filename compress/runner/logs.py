@@ -11,6 +11,7 @@ from pathlib import Path
 from types import FrameType
 
 LOG = "run.log"
+_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class _LogFile(logging.FileHandler):
@@ -24,7 +25,7 @@ class _LogFile(logging.FileHandler):
 def logged(run_dir: Path) -> Iterator[None]:
     """Append all log records from INFO up, and Python's warnings, to `run_dir/run.log`."""
     root = logging.getLogger()
-    handler = _LogFile(run_dir / LOG, encoding="utf-8")
+    handler = _LogFile(run_dir / LOG, encoding="utf-8", errors="backslashreplace")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     level = root.level
     root.addHandler(handler)
@@ -41,7 +42,9 @@ def logged(run_dir: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def terminable() -> Iterator[None]:
-    """Let SIGTERM end the run as Ctrl-C does: KeyboardInterrupt, so that what is half done is recorded."""
+    """Let SIGTERM and a closed terminal end what is running as Ctrl-C does: KeyboardInterrupt, so that what is half
+    done is recorded and no child is left. A signal that is ignored, as in a shell's background job, stays so.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -49,8 +52,12 @@ def terminable() -> Iterator[None]:
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before = {number: signal.getsignal(number) for number in _ENDING}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:
+            signal.signal(number, interrupt)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

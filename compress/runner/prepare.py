@@ -14,6 +14,7 @@ from pathlib import Path
 from compress.artifact import Artifact
 from compress.data.text import TextData, check_tokenizer
 from compress.errors import CompressError, InvalidInput
+from compress.hardware import check_threads
 from compress.models.anatomy import ModelShape, shape_of
 from compress.models.sources import Source, parse_source, source_artifact
 from compress.pipeline.file import Pipeline
@@ -84,10 +85,10 @@ def before_any_stage() -> Iterator[None]:
 
 @before_any_stage()
 def prepare(pipeline: Pipeline, run_dir: Path, reporter: Reporter) -> Prepared:
-    """Resolve and plan `pipeline`. Raises InvalidInput for a model, data or options that do not go together.
-
-    Warns where the run in `run_dir` is another file's.
+    """Resolve and plan `pipeline`. Raises InvalidInput for a model, data or options that do not go together, or that
+    this machine can't do. Warns where the run in `run_dir` is another file's.
     """
+    check_threads(pipeline.target.threads, "target.threads")
     if other := _other_file(pipeline, run_dir):
         reporter.log.warning(_SHARED, pipeline.path, other, pipeline.name, run_dir)
     source = parse_source(pipeline.model, "model")

@@ -12,7 +12,8 @@ from compress.errors import InvalidInput, Problem
 from compress.pipeline.file import Pipeline
 from compress.pipeline.require import Requirement
 from compress.report.figures import figures_of
-from compress.report.write import has_report, write_report
+from compress.report.optional import optional
+from compress.report.write import has_report, remove_report, write_report
 from compress.runner.estimate import check_disk, estimate, todo_estimates
 from compress.runner.execute import Setting, disk_explained, execute, undo
 from compress.runner.journal import Journal, blank_record
@@ -62,7 +63,9 @@ def run_pipeline(
             raise
         journal.amend(closed(record, record.state, started))
         if earlier is None or _told(earlier) != _told(journal.record) or not has_report(run_dir):
-            write_report(run_dir, journal.record)
+            with optional("the report"):
+                remove_report(run_dir)  # one of other figures: where this can't be written, the next run tries again
+                write_report(run_dir, journal.record)
         return journal.record
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from compress.artifact import write_json
+from compress.report.optional import drawing
 
 Entry = Mapping[str, float]
 
@@ -23,6 +24,7 @@ def write_record(log: Sequence[Entry], best_step: int, events: Path, out: Path) 
         shutil.copytree(events, out / events.name, dirs_exist_ok=True)
 
 
+@drawing
 def plot_loss(train: Sequence[Entry], evaluations: Sequence[Entry], best_step: int, file: Path) -> None:
     """The training loss per step, and the loss on the eval split with its standard error."""
     from matplotlib.figure import Figure

@@ -9,6 +9,7 @@ from typing import Any
 from compress.artifact import write_json
 from compress.benchmarks.report import footnote
 from compress.hardware import VECTOR_FLAGS
+from compress.report.optional import drawing
 from compress.report.tables import Table, as_markdown, number
 from compress.stages.choose.choice import Candidate, Choice
 
@@ -62,6 +63,7 @@ def table(choice: Choice) -> Table:
     return Table("formats", (*map(str, columns), "budget"), tuple(rows))
 
 
+@drawing
 def plot(choice: Choice, file: Path) -> None:
     """Size against time, one panel a phase; the colour is what quality it costs, the ring is the chosen one."""
     from matplotlib.figure import Figure

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from matplotlib.figure import Figure
-from matplotlib.patches import Patch
-
+from compress.report.optional import drawing
 from compress.stages.convert.choose import Choice
 from compress.train.align import Aligned
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 KEPT, CONVERTED = "#a9b8c9", "#2a9d8f"
 WIDE = 20.0
 """The ratio of the largest score to the smallest from which the axis is logarithmic."""
 
 
+@drawing
 def plot_scores(choice: Choice, path: Path) -> None:
     """Draw the scores of `choice` as bars, the converted layers marked, to a PNG at `path`."""
     figure, axes = _axes()
@@ -34,6 +36,7 @@ def plot_scores(choice: Choice, path: Path) -> None:
     figure.savefig(path)
 
 
+@drawing
 def plot_alignment(aligned: Aligned, converted: Collection[int], path: Path) -> None:
     """Draw each layer's loss over the steps, those of the converted layers marked, to a PNG at `path`."""
     figure, axes = _axes()
@@ -51,6 +54,8 @@ def plot_alignment(aligned: Aligned, converted: Collection[int], path: Path) -> 
 
 
 def _axes() -> tuple[Figure, Any]:
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(9, 3.6), dpi=120, layout="constrained")
     axes: Any = figure.add_subplot()
     axes.tick_params(labelsize=8)
@@ -60,5 +65,7 @@ def _axes() -> tuple[Figure, Any]:
 
 
 def _legend(axes: Any) -> None:
+    from matplotlib.patches import Patch
+
     handles = [Patch(color=CONVERTED, label="converted"), Patch(color=KEPT, label="kept")]
     axes.legend(handles=handles, frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from matplotlib.figure import Figure
-from matplotlib.patches import Patch
-
+from compress.report.optional import drawing
 from compress.stages.prune.scores import Choice
 
 KEPT, DROPPED, LATER = "#a9b8c9", "#d1495b", "#22333b"
@@ -14,8 +12,12 @@ WIDE = 20.0
 """The ratio of the largest score to the smallest from which the axis is logarithmic."""
 
 
+@drawing
 def plot_scores(choice: Choice, num_layers: int, path: Path) -> None:
     """Draw the first round's scores of `choice` as bars, the last round's as points, to a PNG at `path`."""
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
     first, last = choice.rounds[0], choice.rounds[-1]
     figure = Figure(figsize=(9, 3.6), dpi=120, layout="constrained")
     axes = figure.add_subplot()

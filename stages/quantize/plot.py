@@ -6,17 +6,20 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from matplotlib.figure import Figure
+from compress.report.optional import drawing
 
 LAYER = re.compile(r"^(?:.*\.)?(\d+)\.(.+)\.weight$")
 """(layer, path within the layer) of a projection's name."""
 
 
+@drawing
 def plot_errors(errors: Mapping[str, float], rounding: Mapping[str, float], path: Path) -> None:
     """Draw relative mean square errors by layer, a line for each kind of projection, to a PNG at `path`.
 
     rounding: those of rounding the activations alone; drawn below where there are any.
     """
+    from matplotlib.figure import Figure
+
     panels = [("of the output, weights rounded", errors)]
     if rounding:
         panels.append(("of the output, activations rounded", rounding))

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
+import psutil
 import pytest
 from killing import killed
 
@@ -68,6 +72,35 @@ def test_a_killed_worker_hints_at_memory() -> None:
         pytest.raises(StageFailed, match=r"exit status -9; was there enough memory\?"),
     ):
         worker.ask(do="measure")
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_no_worker_outlives_who_asks(toy_decoder: Callable[[str], Path], number: signal.Signals) -> None:
+    """It is computing by then, and would be for hours."""
+    options = ("--prompts", "4", "--threads", "1", "--new-tokens", "100000000")
+    bench = subprocess.Popen(
+        [sys.executable, "-m", "compress", "bench", toy_decoder("toy"), *options],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    worker = wait_for(lambda: next(iter(computing(psutil.Process(bench.pid).children())), None))
+    bench.send_signal(number)
+    stdout, stderr = bench.communicate(timeout=30)
+    wait_for(lambda: not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE)
+    if number != signal.SIGKILL:
+        assert (bench.returncode, stdout, stderr.splitlines()[-1]) == (130, "", "interrupted")
+
+
+def computing(children: list[psutil.Process]) -> list[psutil.Process]:
+    """Those that are past their imports, which take less."""
+    return [child for child in children if sum(child.cpu_times()[:2]) > 1.2]
+
+
+def wait_for(what: Callable[[], Any]) -> Any:
+    deadline = time.monotonic() + 30
+    while not (found := what()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return found
 
 
 class FakeWorker:

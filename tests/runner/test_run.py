@@ -251,9 +251,54 @@ def test_a_full_disk_outside_a_stage_is_one_message(run: Run, monkeypatch: pytes
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("compress.runner.run.write_report", full)
+    monkeypatch.setattr("compress.runner.run.weighed", full)
     with pytest.raises(CompressError, match="no space is left on the disk"):
         run()
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), ValueError("no such font")])
+@pytest.mark.parametrize(("limit", "state"), [("<= 12", State.DONE), ("<= 11", State.MISSED)])
+def test_a_report_that_can_not_be_written_is_a_warning(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+    error: Exception, limit: str, state: State,
+) -> None:  # fmt: skip
+    def fails(*_: object) -> None:
+        raise error
+
+    report = tmp_path / "runs/pico/report.html"
+    with monkeypatch.context() as patch:
+        patch.setattr("compress.report.write._html", fails)
+        record = run(require={"perplexity": limit})
+    assert (record.state, load_record(tmp_path / "runs/pico").state) == (state, state)
+    (warning,) = [each.message for each in caplog.records if each.levelname == "WARNING"]
+    assert warning.startswith("warning: the report can't be written (")
+    assert (error.strerror if isinstance(error, OSError) else str(error)) in warning
+    assert type(error).__name__ in (tmp_path / "runs/pico/run.log").read_text(), "the log has the traceback"
+    assert not report.exists()
+    run(require={"perplexity": limit})
+    assert report.is_file(), "what could not be written is tried again"
+
+
+def test_plots_that_can_not_be_written_leave_the_report(
+    run: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    plots = tmp_path / "runs/pico/plots"
+    plots.parent.mkdir(parents=True)
+    plots.write_text("a file where the folder should be")
+    assert run().state is State.DONE
+    assert "warning: the plots of the report can't be written (File exists)" in caplog.messages
+    assert "12.00 ± 0.25" in (tmp_path / "runs/pico/report.html").read_text()
+
+
+def test_a_report_of_other_figures_does_not_stay(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run()
+
+    def fails(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("compress.report.write._put", fails)
+    run(shrink={"by": 3.0})
+    assert not list((tmp_path / "runs/pico").glob("report.*"))
 
 
 def test_an_estimate_that_does_not_fit_is_refused_before_anything_runs(
