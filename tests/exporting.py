@@ -24,15 +24,20 @@ def export(source: Path, out: Path, kind: str = "torch", data: Any = None, **opt
 
 
 def quantised(source: Path, out: Path, scheme: Scheme, choice: SchemeChoice | None = None) -> Path:
-    """Write `source` rounded to nearest, by `choice` where that is not `scheme` for all; the folder `out`."""
+    """Write `source` rounded to nearest, by `choice` where that is not `scheme` for all; the folder `out`.
+
+    int8 weights have the range that the stages give them on this CPU: 8 bits overflow where it has no VNNI.
+    """
     from compress.models.load import load_model
     from compress.models.parts import Parts
     from compress.quant.modules import weight_of
+    from compress.quant.options import QuantizeOptions
     from compress.quant.rounding import quantize
     from compress.quant.store import save_quantized
     from compress.quant.targets import all_targets
 
     out.mkdir()
+    scheme = QuantizeOptions(scheme=scheme.name).base if not scheme.blockwise else scheme
     model = load_model(source)
     targets = all_targets(Parts(model), choice or scheme)
     tensors = {target.name: quantize(weight_of(target.module), target.scheme) for target in targets}

@@ -63,10 +63,10 @@ def _watched(described: Model, config: PreTrainedConfig, largest: dict[int, list
     cache: Any = HybridCache(config) if any(described.mixers) else DynamicCache(config=config)
     update = cache.update
 
-    def watch(keys_BGTD: Tensor, values_BGTD: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+    def watch(keys_BGTD: Tensor, values_BGTD: Tensor, layer: int, **given: Any) -> tuple[Tensor, Tensor]:
         found = [part.abs().amax((0, 2)) for part in (keys_BGTD, values_BGTD)]
         largest[layer] = [torch.maximum(*pair) for pair in zip(found, largest.get(layer, found), strict=True)]
-        updated: tuple[Tensor, Tensor] = update(keys_BGTD, values_BGTD, layer)
+        updated: tuple[Tensor, Tensor] = update(keys_BGTD, values_BGTD, layer, **given)
         return updated
 
     cache.update = watch
