@@ -79,8 +79,8 @@ def test_every_verb_is_interrupted_in_one_line(
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
-def wait_for(what: Callable[[], Any], seconds: float = 60) -> Any:
-    deadline = time.monotonic() + seconds
+def wait_for(what: Callable[[], Any]) -> Any:
+    deadline = time.monotonic() + 60
     while not (found := what()):
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -101,7 +101,7 @@ def test_no_download_outlives_us(tmp_path: Path) -> None:
     process.terminate()
     _, stderr = process.communicate(timeout=30)
     assert (process.returncode, stderr.splitlines()[-1]) == (130, "interrupted")
-    assert wait_for(lambda: not [pid for pid in map(int, started.read_text().split()) if alive(pid)], seconds=5)
+    assert wait_for(lambda: not [pid for pid in map(int, started.read_text().split()) if alive(pid)])
 
 
 def alive(pid: int) -> bool:

@@ -100,7 +100,7 @@ def test_a_full_or_unwritable_disk_is_one_clear_message(error: Exception, expect
 
 def test_a_file_in_the_place_of_the_cache_is_one_clear_message(cache: Path) -> None:
     cache.write_text("not a folder")
-    with pytest.raises(CompressError, match="can't be written; set COMPRESS_CACHE"):
+    with pytest.raises(CompressError, match=r"can't be written \(Not a directory\); set COMPRESS_CACHE"):
         ensure("kind", "one", slow_build)
 
 
