@@ -97,8 +97,7 @@ CASES: Mapping[str, Mapping[str, Case]] = {
     "qat": {
         "lsq": _taught(OTHER, **_QAT),
         "warm-start": _taught(
-            OTHER, **_QAT, scheme="w2-block32", symmetric=False, method="rtn", accuracy_level=4,
-            warm_start=["w4-block32"],
+            OTHER, **{**_QAT, "scale_learning_rate": 0.02}, symmetric=False, method="rtn", warm_start=["w8-block32"]
         ),
         "scales": _taught(LLAMA, **_QAT, learn="scales", method="search", scheme="ternary"),
         "w8a8-static": _taught(

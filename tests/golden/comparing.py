@@ -58,7 +58,7 @@ def _of_names(was: Mapping[str, Any], now: Mapping[str, Any], path: str) -> Iter
 
 def _is_same(was: Any, now: Any, tolerance: float) -> bool:
     if tolerance and isinstance(was, float) and isinstance(now, (float, int)):
-        return math.isclose(was, now, rel_tol=tolerance, abs_tol=1e-6) or (math.isnan(was) and math.isnan(now))
+        return math.isclose(was, now, rel_tol=tolerance, abs_tol=tolerance**2) or (math.isnan(was) and math.isnan(now))
     return type(was) is type(now) and bool(was == now)
 
 
