@@ -4,8 +4,8 @@
 
 MODEL is a save_pretrained folder of a small decoder, best a pico one. The pipelines below run once undisturbed; one
 moment is drawn from each of as many equal parts of the time that this took, and found again by what stands in
-`run.log` before it. Each kill is SIGKILL to the whole process group. Prints a report in Markdown; exit status 1 where a digest differs, or where
-a layer, round or block was finished twice.
+`run.log` before it. Each kill is SIGKILL to the whole process group. Prints a report in Markdown; exit status 1 where
+a digest differs, or where a layer, round or block was finished twice.
 """
 
 from __future__ import annotations
