@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -71,7 +72,8 @@ def write_pico(folder: Path) -> None:
             if parameter.dim() > 1:
                 parameter.normal_(0.0, 0.15)
     model.save_pretrained(folder)
-    PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token="<|end|>").save_pretrained(folder)
+    tokenizer: Any = PreTrainedTokenizerFast
+    tokenizer(tokenizer_object=bpe._tokenizer, eos_token="<|end|>").save_pretrained(folder)
 
 
 def write_pipeline(file: Path, model: Path) -> None:
