@@ -44,7 +44,8 @@ def folder_problem(folder: Path, readable: Collection[str] = ()) -> tuple[str, s
     if not named:
         if any(folder.glob("*.bin")):
             return "holds its weights as pickles only, which can run code", "save it as safetensors where you trust it"
-        return f"has neither {WEIGHTS} nor {INDEX}", "name the folder that save_pretrained wrote"
+        what = f"has no .safetensors weights: neither {WEIGHTS} nor {INDEX}"
+        return what, "name the folder that save_pretrained wrote"
     shards = indexed(folder)
     missing = [name for name in shards if not (_stays_inside(name) and (folder / name).is_file())]
     if missing:

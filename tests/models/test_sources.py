@@ -205,7 +205,7 @@ def _without_a_shard(model: Path) -> None:
 @pytest.mark.parametrize(
     ("harm", "expected"),
     [
-        (_without_weights, "neither model.safetensors nor model.safetensors.index.json"),
+        (_without_weights, "no .safetensors weights"),
         (_pickled, "pickles only, which can run code; save it as safetensors"),
         (_without_config, "no readable config.json"),
         (_with_broken_config, "no readable config.json"),
