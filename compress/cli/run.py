@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from typing import Annotated
 
 import typer
@@ -38,6 +39,7 @@ def run(
     from compress.train.distributed import follow, is_follower, release
 
     if is_follower():
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # no handler of ours runs while it waits for the first process
         return follow()
     loaded = valid_pipeline(pipeline)
     run_dir = runs / loaded.name
