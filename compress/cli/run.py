@@ -34,15 +34,13 @@ def run(
     """
     from compress.cli.show import as_json, print_run
     from compress.pipeline.check import valid_pipeline
-    from compress.runner.logs import terminable
     from compress.runner.record import State
     from compress.runner.run import run_pipeline
     from compress.train.distributed import follow, leading
     from compress.train.launch import is_follower
 
     if is_follower():
-        with terminable():
-            return follow()
+        return follow()
     with leading():
         loaded = valid_pipeline(pipeline)
         run_dir = runs / loaded.name
