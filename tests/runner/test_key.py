@@ -67,7 +67,7 @@ STEPS: dict[str, list[Any]] = {
 }  # fmt: skip
 LOSSES = {
     "kl": [1.0, 2.0],
-    **dict.fromkeys(("ce", "hidden", "skew_kl", "attention_map", "attention_output"), [0, 1.0, 2.0]),
+    **{name: [0, 1.0, 2.0] for name in ("ce", "hidden", "skew_kl", "attention_map", "attention_output")},
 }
 TRAINING: dict[str, list[Any]] = {
     **STEPS, **{f"loss.{name}": values for name, values in LOSSES.items()}, "temperature": [1.0, 2.0],
