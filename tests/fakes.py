@@ -18,12 +18,11 @@ import numpy as np
 from pydantic import Field
 from safetensors.numpy import load_file, save_file
 
-from compress import registry
+from compress import registry, stage
 from compress.artifact import Metrics, write_json
 from compress.errors import StageFailed
 from compress.models.anatomy import ModelShape
-from compress.options import counted
-from compress.stage import SOURCE, Given, OtherModel, Ref, Stage, StageContext
+from compress.stage import SOURCE, Ref, Stage, StageContext
 
 CONFIG = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "num_hidden_layers": 4, "hidden_size": 8,
@@ -48,11 +47,11 @@ class FakeShrink(Stage):
     fail_on_twin: bool = False
     teacher_model: str | None = None
 
-    def inputs(self) -> Mapping[str, Ref | OtherModel]:
-        return {"teacher": OtherModel(self.teacher_model)} if self.teacher_model else {}
+    def inputs(self) -> Mapping[str, Ref | stage.OtherModel]:
+        return {"teacher": stage.OtherModel(self.teacher_model)} if self.teacher_model else {}
 
-    def settled(self, given: Given) -> Mapping[str, Any]:
-        return counted(self, {"teacher_model": None})
+    def settled(self, given: stage.Given) -> Mapping[str, Any]:
+        return {name: value for name, value in super().settled(given).items() if name != "teacher_model"}
 
     def twin(self) -> FakeShrink:
         return self.model_copy(update={"fail": "user" if self.fail_on_twin else ""})
