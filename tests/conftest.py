@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -19,6 +20,11 @@ quiet_libraries()
 from wheels import build_wheel  # noqa: E402
 
 from pico import make_pico  # noqa: E402 (what it imports reads the environment)
+
+
+def pytest_collection_finish() -> None:
+    """A training ends with a collection of garbage: it need not look at all the modules that are imported by now."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -21,7 +21,7 @@ from pico import VOCAB_SIZE, make_pico, mixer_spec
 LENGTH = 24
 PADDING = (0, 9, 17)
 """Tokens of padding in each row of `padded_batch`."""
-_OUTLIER, _FACTOR = 5, 40.0
+_OUTLIER, _FACTOR = 5, 8.0
 _YARN = {"rope_type": "yarn", "factor": 2.0, "rope_theta": 10000.0, "original_max_position_embeddings": 128}
 
 

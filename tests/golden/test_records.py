@@ -44,11 +44,14 @@ def test_the_changelog_says_what_a_version_changed(stage: str) -> None:
     assert f"`{stage}@{stage_class(stage).version}`" in CHANGELOG.read_text("utf-8")
 
 
-def test_a_record_is_written_once(tmp_path: Path) -> None:
-    assert list(write(["latency"], tmp_path)) == ["latency@1.json written"]
+def test_a_record_is_written_once(workshop: Workshop, tmp_path: Path) -> None:
+    (tmp_path / "latency@0.json").write_text("{}")
     file = record_file("latency", tmp_path)
+    said = [f"{file.name} written", "latency@0.json is superseded: git rm it"]
+    assert list(write(["latency"], workshop, tmp_path)) == said
+    assert json.loads(file.read_text()) == json.loads(record_file("latency").read_text())
     file.write_text("another")
-    assert "stays" in next(write(["latency"], tmp_path))
+    assert "stays" in next(write(["latency"], workshop, tmp_path))
     assert file.read_text() == "another"
 
 

@@ -17,6 +17,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for `import golden` and `i
 
 from compress.cli.main import quiet_libraries
 from compress.registry import stage_class, stage_names
+from golden.models import Workshop
+from golden.recording import record_of
 
 FOLDER = Path(__file__).parent
 _WIDTH = 118
@@ -32,21 +34,16 @@ def own_stages() -> list[str]:
     return [name for name in stage_names() if stage_class(name).__module__.startswith("compress.")]
 
 
-def write(stages: Sequence[str], folder: Path = FOLDER) -> Iterator[str]:
+def write(stages: Sequence[str], workshop: Workshop, folder: Path = FOLDER) -> Iterator[str]:
     """Write the records of `stages`, and say of each what was done."""
-    from golden.models import Workshop
-    from golden.recording import record_of
-
-    with tempfile.TemporaryDirectory() as scratch:
-        workshop = Workshop(Path(scratch))
-        for stage in stages:
-            file = record_file(stage, folder)
-            if file.exists():
-                yield f"{file.name} stays: where {stage} makes something else now, raise its version (CONTRIBUTING.md)"
-                continue
-            file.write_text("\n".join(lines(record_of(stage, workshop))) + "\n", "utf-8")
-            yield f"{file.name} written"
-            yield from (f"{old.name} is superseded: git rm it" for old in folder.glob(f"{stage}@*.json") if old != file)
+    for stage in stages:
+        file = record_file(stage, folder)
+        if file.exists():
+            yield f"{file.name} stays: where {stage} makes something else now, raise its version (CONTRIBUTING.md)"
+            continue
+        file.write_text("\n".join(lines(record_of(stage, workshop))) + "\n", "utf-8")
+        yield f"{file.name} written"
+        yield from (f"{old.name} is superseded: git rm it" for old in folder.glob(f"{stage}@*.json") if old != file)
 
 
 def lines(value: Any, indent: str = "", prefix: str = "", suffix: str = "") -> Iterator[str]:
@@ -66,5 +63,6 @@ def lines(value: Any, indent: str = "", prefix: str = "", suffix: str = "") -> I
 
 if __name__ == "__main__":
     quiet_libraries()
-    for said in write(sys.argv[1:] or own_stages()):
-        print(said)
+    with tempfile.TemporaryDirectory() as scratch:
+        for said in write(sys.argv[1:] or own_stages(), Workshop(Path(scratch))):
+            print(said)
