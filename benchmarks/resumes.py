@@ -180,10 +180,10 @@ def report(launches: Sequence[Launch], undisturbed: float, disturbed: float, see
     return f"""# {len(launches) - 1} resumes with another number of processes: a pico Llama
 
 `{command}`, {datetime.now(UTC).date()}.
-{STEPS} steps of `distill`, {BATCH} sequences of {LENGTH} tokens each, a checkpoint every {EVERY}. Launches of two
-processes are `torchrun`'s, on the CPU (gloo); odd and even ones run in different working directories and name the run's
-by a relative path. SIGKILL to all of their processes came up to three
-seconds after the first new checkpoint. Whole checkpoints are listed: the newest and the best are kept.
+{STEPS} steps of `distill`, {BATCH} sequences of {LENGTH} tokens each, a checkpoint every {EVERY}.
+Launches of two processes are `torchrun`'s, on the CPU (gloo); odd and even ones run in different working directories
+and name the run's by a relative path. SIGKILL to all of their processes came up to three seconds after the first new
+checkpoint. Whole checkpoints are listed: the newest and the best are kept.
 
 {as_markdown(table)}
 
