@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import subprocess
 import sys
@@ -82,7 +83,11 @@ def test_no_worker_outlives_who_asks(toy_decoder: Callable[[str], Path], number:
     worker = wait_for(lambda: next(iter(computing(psutil.Process(bench.pid).children())), None))
     bench.send_signal(number)
     stdout, stderr = bench.communicate(timeout=30)
-    wait_for(lambda: not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE)
+    try:
+        wait_for(lambda: not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE)
+    finally:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            worker.kill()
     if number != signal.SIGKILL:
         assert (bench.returncode, stdout, stderr.splitlines()[-1]) == (130, "", "interrupted")
 
