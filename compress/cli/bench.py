@@ -75,7 +75,7 @@ def _check_installed(runtime: str, plot: Path | None) -> None:
         return
     if find_spec("matplotlib") is None:
         raise InvalidInput("--plot", "matplotlib, which draws it, is not installed", "pip install matplotlib")
-    if plot.suffix not in PLOTS:
+    if plot.suffix.lower() not in PLOTS:
         raise InvalidInput("--plot", f"{str(plot)!r} is no {', '.join(PLOTS)}", "name a file that ends so")
     if not plot.parent.is_dir() or plot.is_dir():
         raise InvalidInput("--plot", f"{str(plot)!r} can't be a file", "name a file in a folder that is there")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import subprocess
 import sys
@@ -78,14 +79,19 @@ def test_a_killed_worker_hints_at_memory() -> None:
 def test_no_worker_outlives_who_asks(toy_decoder: Callable[[str], Path], number: signal.Signals) -> None:
     """It is computing by then, and would be for hours."""
     options = ("--prompts", "4", "--threads", "1", "--new-tokens", "100000000")
+    program = "from compress.cli.main import main; main()"
     bench = subprocess.Popen(
-        [sys.executable, "-m", "compress", "bench", toy_decoder("toy"), *options],
+        [sys.executable, "-c", program, "bench", toy_decoder("toy"), *options],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     worker = wait_for(lambda: next(iter(computing(psutil.Process(bench.pid).children())), None))
     bench.send_signal(number)
     stdout, stderr = bench.communicate(timeout=30)
-    wait_for(lambda: not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE)
+    try:
+        wait_for(lambda: not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE)
+    finally:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            worker.kill()
     if number != signal.SIGKILL:
         assert (bench.returncode, stdout, stderr.splitlines()[-1]) == (130, "", "interrupted")
 

@@ -156,9 +156,7 @@ def test_no_home(a_run: Path, call: Call, nowhere: Any, monkeypatch: pytest.Monk
     for command in ("plan", "run"):
         status, told = call(command, a_run / "pipeline.yaml", "--no-twin", stdout=nowhere)
         assert status == 2
-        assert told == (
-            "error: COMPRESS_CACHE: there is no home directory to keep the cache in; set it to a folder\n"
-        )
+        assert told == "error: COMPRESS_CACHE: there is no home directory to keep the cache in; set it to a folder\n"
 
 
 @pytest.mark.parametrize("command", ["plan", "run"])

@@ -133,9 +133,7 @@ def test_closed_descriptors_are_not_taken_by_other_files(here: Path) -> None:
         assert Path("pipeline.yaml").read_text() == "the file"
 
 
-def test_bench_prints_before_it_draws(
-    here: Path, call: Call, ascii_only: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bench_prints_before_it_draws(here: Path, call: Call, ascii_only: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_: object, **__: object) -> None:
         assert b"time to first token" in ascii_only.buffer.getvalue()
         raise ValueError("no such font")
@@ -165,5 +163,3 @@ def test_bench_refuses_before_it_measures_what_it_can_not_do(
     assert status == 2
     assert told.startswith(f"error: {words}")
     assert told.count("\n") == 1
-
-

@@ -256,11 +256,16 @@ def test_a_full_disk_outside_a_stage_is_one_message(run: Run, monkeypatch: pytes
         run()
 
 
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), ValueError("no such font")])
-@pytest.mark.parametrize(("limit", "state"), [("<= 12", State.DONE), ("<= 11", State.MISSED)])
+@pytest.mark.parametrize(
+    ("limit", "state", "error"),
+    [
+        ("<= 12", State.DONE, ValueError("no such font")),
+        ("<= 11", State.MISSED, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))),
+    ],
+)
 def test_a_report_that_can_not_be_written_is_a_warning(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
-    error: Exception, limit: str, state: State,
+    limit: str, state: State, error: Exception,
 ) -> None:  # fmt: skip
     def fails(*_: object) -> None:
         raise error
