@@ -77,7 +77,8 @@ def _flat(group: Mapping[str, Any], above: str = "") -> dict[str, Any]:
     """Groups within groups by dotted names."""
     found: dict[str, Any] = {}
     for name, value in group.items():
-        found |= _flat(value, f"{above}{name}.") if isinstance(value, Mapping) else {f"{above}{name}": value}
+        is_group = isinstance(value, Mapping) and value
+        found |= _flat(value, f"{above}{name}.") if is_group else {f"{above}{name}": value}
     return found
 
 

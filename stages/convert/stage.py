@@ -132,8 +132,9 @@ class ConvertAttention(Stage):
         model, total = given.shape, given.shape.num_hidden_layers
         asked = {name: value for name in ("keep", "convert") if (value := getattr(self, name))}
         number = {name: sorted(v) if isinstance(v, tuple) else count(v, total) for name, v in asked.items()}
-        chosen = not self._every and not self._listed
-        measures = self._may_measure and (model.layers_guessed or self.preselected(model, 0) is None)
+        is_open = model.layers_guessed or isinstance(to_convert(model, self.to, self.keep, self.convert), int)
+        chosen = is_open and not self._every and not self._listed
+        measures = is_open and self._may_measure
         meant = {
             "keep": None, "convert": None, **number, "teacher": None, "window": self.window_in(model) or None,
             "feature_map": (self.feature_map or "hedgehog") if self.to in WINDOWED else None,

@@ -205,6 +205,7 @@ SAME: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("convert-attention", {"to": "linear"}, {"to": "linear", "feature_map": "hedgehog"}),
     ("convert-attention", {"to": "sliding"}, {"to": "sliding", "window": 128}),
     ("convert-attention", {"to": "mamba2", "keep": 2}, {"to": "mamba2", "keep": 0.25}),
+    ("convert-attention", {"to": "mamba2", "convert": 8}, {"to": "mamba2", "convert": 8, "select": "uniform"}),
     ("convert-attention", {"to": "mamba2", "convert": [2, 1]},
      {"to": "mamba2", "convert": [1, 2], "select": "explicit", "select_tokens": 999, "kl_tokens": 9}),
     ("convert-attention", {"to": "mamba2"}, {"to": "mamba2", "distill": {"eval_steps": 25, "loss": {"kl": 1.0}}}),
