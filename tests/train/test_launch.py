@@ -152,4 +152,8 @@ def test_a_run_refuses_steps_that_can_not_be_divided_before_anything_runs(
     places = [problem.where for problem in refusal.value.problems]
     options = ("align.batch_size", "distill.batch_size")
     assert places == ["distill.batch_size", *(f"convert-attention.{option}" for option in options)]
+    monkeypatch.delenv("WORLD_SIZE")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(InvalidInput, match="FSDP is switched on"):
+        run_pipeline(load_pipeline(file), runs=tmp_path / "runs", reporter=Reporter())
     assert not list((tmp_path / "runs").glob("pico/*-*"))
