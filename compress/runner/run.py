@@ -25,6 +25,7 @@ from compress.runner.record import PIPELINE, RunRecord, State, VerdictRecord, lo
 from compress.runner.twin import try_twin
 from compress.runner.weights import own_figures
 from compress.stage import Reporter
+from compress.train.launch import check_launch
 from compress.train.options import StepOptions
 
 
@@ -72,7 +73,8 @@ def run_pipeline(
 @before_any_stage()
 def _check_means(prepared: Prepared, again: tuple[Step, ...]) -> None:
     """Raises InvalidInput for a source that can't be had or used, for a disk that can't hold what is to come, and for
-    trainings that this launch can't divide."""
+    trainings that this launch can't do or divide."""
+    check_launch()
     todo = tuple(step for step in prepared.plan.steps if not step.is_cached or step in again)
     if problems := [problem for step in todo for problem in _indivisible(step)]:
         raise InvalidInput.of(problems)

@@ -145,11 +145,16 @@ def test_a_run_refuses_steps_that_can_not_be_divided_before_anything_runs(
     stages = [{"prune-layers": {"drop": [1]}}, {"distill": {}}, {"convert-attention": {"to": "linear"}}]
     file = tmp_path / "pipeline.yaml"
     file.write_text(json.dumps({"name": "pico", "model": str(pico("llama")), "stages": stages}))
+    for variable in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(variable, "0")
     monkeypatch.setenv("WORLD_SIZE", "3")
-    monkeypatch.setenv("RANK", "0")
     with pytest.raises(InvalidInput) as refusal:
         run_pipeline(load_pipeline(file), runs=tmp_path / "runs", reporter=Reporter())
     places = [problem.where for problem in refusal.value.problems]
     options = ("align.batch_size", "distill.batch_size")
     assert places == ["distill.batch_size", *(f"convert-attention.{option}" for option in options)]
+    monkeypatch.delenv("WORLD_SIZE")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(InvalidInput, match="FSDP is switched on"):
+        run_pipeline(load_pipeline(file), runs=tmp_path / "runs", reporter=Reporter())
     assert not list((tmp_path / "runs").glob("pico/*-*"))
