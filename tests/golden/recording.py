@@ -33,6 +33,8 @@ _LEAST_CODES = 256
 """A tensor of fewer integers is kept as it is."""
 _UNTOLD = ("epoch", "runtime", "per_second", "seconds", "total_flos", "parity")
 """What a figure's name has in it where nothing else but the machine or the rounding of its last bits moves it."""
+_CODE = "*.py"
+"""What a converted model's code is called: how many modules that is does not count."""
 _VOLATILE_KEYS = ("transformers_version", "torch_dtype", "_name_or_path")
 _CARRIED_JSON = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "parity.json", "config.json",
                  "generation_config.json")  # fmt: skip
@@ -77,7 +79,8 @@ def _artifact_record(out: Path, given: Path, metrics: Metrics) -> Record:
     names = sorted(file.relative_to(out).as_posix() for file in out.rglob("*") if file.is_file())
     texts = {name: told(json.loads((out / name).read_text())) for name in names
              if name.endswith(".json") and name not in _CARRIED_JSON}  # fmt: skip
-    record = {"files": [name for name in names if "tfevents" not in name], "figures": told(metrics), "json": texts}
+    files = sorted({_CODE if name.endswith(".py") else name for name in names if "tfevents" not in name})
+    record = {"files": files, "figures": told(metrics), "json": texts}
     if "config.json" not in names:
         return record
     record["config"] = _changes(_config(given), _config(out))
