@@ -92,7 +92,7 @@ def new_environment(folder: Path, wheel: Path) -> Path:
     """The interpreter of a virtual environment with the deploy requirements and `wheel`, without what that needs."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
     pip = [sys.executable, "-m", "pip", "--python", str(folder / "bin" / "python"), "install", "-q", "--no-compile"]
-    for what in (["-r", str(REQUIREMENTS)], ["--no-deps", str(wheel)]):
+    for what in (["-r", str(REQUIREMENTS), "-c", str(ROOT / "constraints.txt")], ["--no-deps", str(wheel)]):
         done = subprocess.run([*pip, *what], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
     return folder / "bin" / "python"
