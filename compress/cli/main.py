@@ -111,6 +111,7 @@ def quiet_libraries() -> None:
         "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
         "TQDM_DISABLE": "1",
         "TOKENIZERS_PARALLELISM": "false",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
         "BITSANDBYTES_NOWELCOME": "1",
     }.items():
         os.environ.setdefault(name, value)

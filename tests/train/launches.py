@@ -134,6 +134,7 @@ def _die_and_hang(job: Path, reporter: Reporter) -> None:
 
 
 def _hang(folder: Path, reporter: Reporter) -> None:
+    _mean(folder, reporter)  # all of them are here
     (folder / "busy").touch()
     _stuck()
 
