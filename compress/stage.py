@@ -103,9 +103,9 @@ class Reporter:
 class StageContext:
     """What a stage is given to run.
 
-    out: an empty directory for the artifact's files. work: a directory that survives kills (for checkpoints), deleted
-    when the stage is done. inputs: artifacts by role, `input` among them. data: the pipeline's text. A stage writes
-    nowhere else.
+    out: an empty directory for the artifact's files. work: a directory that survives kills (for checkpoints and
+    `compress.units`), deleted when the stage is done. inputs: artifacts by role, `input` among them. data: the
+    pipeline's text. A stage writes nowhere else.
     """
 
     out: Path
