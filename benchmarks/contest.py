@@ -100,18 +100,8 @@ class Worker:
 def hold(
     contestants: Mapping[str, Contestant], workloads: Sequence[Workload], budget: Budget,
     *, threads: int, cpus: Sequence[int], vocab_size: int, advance: Progress,
-) -> dict[str, Measured]:  # fmt: skip
-    """What the rounds of a contest saw of each model; see `play`."""
-    return gathered(
-        play(contestants, workloads, budget, threads=threads, cpus=cpus, vocab_size=vocab_size, advance=advance)
-    )
-
-
-def play(
-    contestants: Mapping[str, Contestant], workloads: Sequence[Workload], budget: Budget,
-    *, threads: int, cpus: Sequence[int], vocab_size: int, advance: Progress,
     units: Units = UNKEPT, warnings: Sequence[str] = (),
-) -> list[Round]:  # fmt: skip
+) -> dict[str, Measured]:  # fmt: skip
     """Load every model, warm all of them up with every workload, then measure in rounds.
 
     units: rounds that they hold, of other processes, are not measured again; where more are due, models are loaded and
@@ -122,7 +112,7 @@ def play(
     advance(len(seen))
     before = [each.seconds for each in seen]
     if budget.is_spent(before):
-        return seen
+        return gathered(seen)
     process = seen[-1].process + 1 if seen else 0
     with contextlib.ExitStack() as stack:
         workers = {name: stack.enter_context(Worker(name)) for name in contestants}
@@ -142,7 +132,7 @@ def play(
                 seen.append(Round(process, now - began, list(warnings), loaded, times))
                 units.keep(round_name(number), Unit(vars(seen[-1])))
             advance(1, f"round {number}, {now - started:.0f} s")
-    return seen
+    return gathered(seen)
 
 
 def _take_turns(

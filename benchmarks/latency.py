@@ -95,14 +95,15 @@ def race(
     import tempfile
 
     from compress.benchmarks import report
-    from compress.benchmarks.contest import Contestant, play
+    from compress.benchmarks.contest import Contestant, hold
     from compress.benchmarks.environment import environment, pick_cpus, warnings_of
     from compress.benchmarks.genai import with_threads
-    from compress.benchmarks.rounds import gathered
+    from compress.benchmarks.rounds import finished
 
     cpus = pick_cpus(threads)
     surroundings = environment(threads, cpus)
     told = {"runtime": runtime, "threads": threads, "cpus": cpus, "cpu": surroundings["cpu"]}
+    units = units.made_of({**told, "models": list(folders), "workloads": list(map(vars, workloads))})
     for warning in warnings_of(surroundings):
         reporter.log.warning("latency: %s", warning)
     with tempfile.TemporaryDirectory() as scratch, reporter.progress("latency", budget.rounds + 1) as advance:
@@ -112,14 +113,13 @@ def race(
                 name: with_threads(folder, threads, Path(scratch, str(index)))
                 for index, (name, folder) in enumerate(folders.items())
             }
-        seen = play(
+        measured = hold(
             {name: Contestant(folder, runtime) for name, folder in places.items()}, workloads, budget,
             threads=threads, cpus=cpus, vocab_size=smallest_vocabulary(folders.values()), advance=advance,
-            units=units.made_of({**told, "models": list(folders), "workloads": list(map(vars, workloads))}),
-            warnings=warnings_of(surroundings),
+            units=units, warnings=warnings_of(surroundings),
         )  # fmt: skip
-    found = report.assemble(gathered(seen), {**surroundings, "runtime": runtime}, folders)
-    return report.with_history(found, seen)
+    found = report.assemble(measured, {**surroundings, "runtime": runtime}, folders)
+    return report.with_history(found, finished(units))
 
 
 def smallest_vocabulary(folders: Iterable[Path]) -> int:

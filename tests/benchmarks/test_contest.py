@@ -16,9 +16,9 @@ import pytest
 from killing import killed
 
 from compress.benchmarks import contest, report
-from compress.benchmarks.contest import Budget, Contestant, Worker, Workload, hold, play
+from compress.benchmarks.contest import Budget, Contestant, Worker, Workload, hold
 from compress.benchmarks.environment import pick_cpus, warnings_of
-from compress.benchmarks.rounds import Round, gathered, resumed_after, rotated, rounds
+from compress.benchmarks.rounds import Measured, finished, resumed_after, rotated, rounds
 from compress.errors import StageFailed
 from compress.stage import Reporter
 from compress.units import Units
@@ -156,19 +156,20 @@ def test_a_race_goes_on_round_by_round(tmp_path: Path, monkeypatch: pytest.Monke
     contestants = {name: Contestant(tmp_path) for name in "ABC"}
     told: list[str] = []
 
-    def race(reporter: Reporter) -> list[Round]:
+    def race(reporter: Reporter) -> dict[str, Measured]:
         asked.append(("|", 8))
         told.append(f"process {len(told)}")
-        return play(contestants, [Workload(8, 1, 1)], Budget(4, 60), threads=1, cpus=[0], vocab_size=9, advance=silent,
+        return hold(contestants, [Workload(8, 1, 1)], Budget(4, 60), threads=1, cpus=[0], vocab_size=9, advance=silent,
                     units=Units("latency", tmp_path / "rounds", log=reporter.log), warnings=told[-1:])  # fmt: skip
 
-    seen, lines = killed(race, 2, 1)
+    measured, lines = killed(race, 2, 1)
+    seen = finished(Units(folder=tmp_path / "rounds"))
     assert lines == [f"done: latency round {number}" for number in range(1, 5)]
     assert "".join(name for name, _ in asked) == "|ABCBCACAB|ABCABC|ABCBCA", "each process warms up, the turns go on"
     assert [each.process for each in seen] == [0, 0, 1, 2]
-    assert gathered(seen)["B"].samples == {"ttft_ms@8": [[1.0]] * 4}
+    assert measured["B"].samples == {"ttft_ms@8": [[1.0]] * 4}
     assert resumed_after(seen) == [2, 3]
-    assert race(Reporter()) == seen
+    assert race(Reporter()) == measured
     assert asked[-1] == ("|", 8), "nothing is left to measure, and no model is loaded for it"
     found = report.with_history({"method": {"warm_up_rounds": 1}, "warnings": ["process 2", "now"]}, seen)
     assert found["method"] == {"warm_up_rounds": 3, "resumed_after_rounds": [2, 3]}
