@@ -13,8 +13,7 @@ from matplotlib.figure import Figure
 
 from compress.artifact import Artifact, FileEntry, Format, Metrics
 from compress.benchmarks import contest, environment
-from compress.benchmarks.contest import Contestant, Workload
-from compress.benchmarks.rounds import Budget, Measured, Round
+from compress.benchmarks.contest import Budget, Contestant, Measured, Workload
 from compress.registry import stage_class
 from compress.stage import StageContext, Target
 from golden.cases import Case
@@ -62,21 +61,21 @@ def format_of(folder: Path) -> Format:
 def _still_time() -> Iterator[None]:
     """No process measures, no machine is asked and nothing drawn: times depend on a model's place in the list."""
 
-    def play(
+    def hold(
         contestants: Mapping[str, Contestant], workloads: Sequence[Workload], budget: Budget, **asked: Any
-    ) -> list[Round]:
-        said = f"asked in {asked['threads']} threads for {asked['vocab_size']} tokens"
-        loaded, times = {}, {}
+    ) -> dict[str, Measured]:
+        measured = {}
         for place, name in enumerate(contestants):
-            loaded[name] = vars(Measured(said, 1.0, 1.0, True, 1.0))
-            seen = times[name] = dict[str, list[float]]()
+            said = f"asked in {asked['threads']} threads for {asked['vocab_size']} tokens"
+            seen = measured[name] = Measured(said, 1.0, 1.0, True, 1.0)
             for load in workloads:
-                ms = float(load.tokens * load.batch * (1 + (2 * place + 1) % 3))
-                seen |= {load.figure("ttft_ms"): [ms], load.figure("tpot_ms"): [ms / 8] * load.new_tokens}
-        return [Round(0, 1.0, [], loaded, times)] * budget.rounds
+                ms = load.tokens * load.batch * (1 + (2 * place + 1) % 3)
+                for what, times in (("ttft_ms", [ms]), ("tpot_ms", [ms / 8] * load.new_tokens)):
+                    seen.samples[load.figure(what)] = [times] * budget.rounds
+        return measured
 
     with (
-        mock.patch.object(contest, "play", play), mock.patch.object(environment, "environment", return_value=MACHINE),
+        mock.patch.object(contest, "hold", hold), mock.patch.object(environment, "environment", return_value=MACHINE),
         mock.patch.object(Figure, "savefig", lambda _, file, **__: Path(file).touch()),
     ):  # fmt: skip
         yield
