@@ -81,7 +81,8 @@ def test_two_processes_equal_one(models, alone, tmp_path):
     launched = subprocess.run(command, capture_output=True, text=True, check=False)
     assert launched.returncode == 0, launched.stderr
     one, two = (load_file(folder / "out" / "model.safetensors") for folder in (alone[0], tmp_path))
-    assert max((one[name] - two[name]).abs().max().item() for name in one) <= 1e-6
+    # what two sums in another order leave (2e-6 with AVX2; less with AVX-512); training moves weights by far more
+    assert max((one[name] - two[name]).abs().max().item() for name in one) <= 1e-5
     assert (tmp_path / "work" / "checkpoint-6" / "rng_state_1.pth").is_file()
 
 
