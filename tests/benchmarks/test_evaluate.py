@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from killing import killed
 
-from compress.artifact import Artifact, finish
+from compress.artifact import Artifact
 from compress.benchmarks.evaluate import Evaluate
 from compress.errors import StageFailed
 from compress.models.anatomy import shape_of
@@ -43,7 +43,7 @@ class FixedText:
 
 
 def artifact(folder: Path) -> Artifact:
-    return finish(folder, format="torch", stage="test", key=folder.name, lineage=(), metrics={})
+    return Artifact(folder, "torch", "test", folder.name)
 
 
 def evaluate(

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from compress.artifact import finish
+from compress.artifact import Artifact
 from compress.benchmarks import scorers
 from compress.benchmarks.evaluate import Evaluate
 from compress.benchmarks.haystack import Haystack
@@ -160,7 +160,7 @@ class WholeText(OneText):
 def run(subject: Path, source: Path, text: Path, out: Path, recall: Recall = SMALL) -> dict[str, Any]:
     out.mkdir()
     inputs = {
-        role: finish(folder, format="torch", stage="t", key=role, lineage=(), metrics={})
+        role: Artifact(folder, "torch", "t", role)
         for role, folder in {"input": subject, "source": source}.items()
     }
     data = WholeText(str(text))

@@ -79,10 +79,18 @@ def test_a_bias_and_rows_of_odd_number() -> None:
     assert_same(QuantLinear(found, bias, 4)(x), matmul_nbits(found, x, 4) + bias.numpy())
 
 
+def weights_for(scheme: Scheme) -> torch.Tensor:
+    """(48, 96). With 8-bit codes every second column is 0: without VNNI the sum of two products can exceed int16."""
+    weight_NK = random(48, 96, seed=4)
+    if scheme.limits[1] > 64:
+        weight_NK[:, 1::2] = 0
+    return weight_NK
+
+
 @pytest.mark.parametrize("scheme", [W8A8_DYNAMIC, W8A8_DYNAMIC.reduced], ids=label)
 def test_dynamic_quantize_linear_and_matmul_integer(scheme: Scheme) -> None:
     x = 2 * random(2, 5, 96, seed=3) + 0.5
-    found = quantize(random(48, 96, seed=4), scheme)
+    found = quantize(weights_for(scheme), scheme)
     packed = found.pack()
     constants = {"codes": packed["codes"].T.contiguous().numpy(), "scales": packed["scales"][:, 0].numpy()}
     standard = [
@@ -117,7 +125,7 @@ def test_rounded_activations_are_equal_to_the_bit() -> None:
 def test_static_quantize_and_dequantize_linear(scheme: Scheme) -> None:
     x = 2 * random(2, 5, 96, seed=3)  # beyond the range, on both sides
     scale, zero_point = activation_range(torch.tensor(-3.0), torch.tensor(2.0))
-    found = replace(quantize(random(48, 96, seed=4), scheme), input_scale=scale, input_zero_point=zero_point)
+    found = replace(quantize(weights_for(scheme), scheme), input_scale=scale, input_zero_point=zero_point)
     packed = {name: part.numpy() for name, part in found.pack().items()}
     x_range = ["input_scale", "input_zero_point"]
     constants = {**packed, "codes": packed["codes"].T.copy(), "scales": packed["scales"][:, 0]}

@@ -153,13 +153,14 @@ def outlier_model(folder: Path) -> Path:
 def test_projections_with_outliers_keep_their_activations(scheme: str, tmp_path: Path) -> None:
     folder = outlier_model(tmp_path / "outliers")
     name = "model.layers.1.mlp.down_proj.weight"
-    quantize(folder, tmp_path / "auto", scheme=scheme, method="rtn")
+    bits = {"reduce_range": False}  # with 7, the weights' own rounding would be most of the change
+    quantize(folder, tmp_path / "auto", scheme=scheme, method="rtn", **bits)
     assert report(tmp_path / "auto")["spared"] == ["model.layers.1.mlp.up_proj.weight", name]
     _, tensors = read_quantized(tmp_path / "auto")
     spared = tensors[name]
     assert isinstance(spared, QTensor)
     assert spared.scheme.name == "w8-block32"
-    quantize(folder, tmp_path / "all", scheme=scheme, method="rtn", exceptions={})
+    quantize(folder, tmp_path / "all", scheme=scheme, method="rtn", exceptions={}, **bits)
     assert change(folder, tmp_path / "auto") < 0.5 * change(folder, tmp_path / "all")
     assert report(tmp_path / "all")["spared"] == []
 
