@@ -23,10 +23,13 @@ def export(source: Path, out: Path, kind: str = "torch", data: Any = None, **opt
     return dict(ExportOnnx(**options).run(context)["result"])
 
 
-def quantised(source: Path, out: Path, scheme: Scheme, choice: SchemeChoice | None = None) -> Path:
+def quantised(
+    source: Path, out: Path, scheme: Scheme, choice: SchemeChoice | None = None, *, reduce_range: Any = "auto"
+) -> Path:
     """Write `source` rounded to nearest, by `choice` where that is not `scheme` for all; the folder `out`.
 
-    int8 weights have the range that the stages give them on this CPU: 8 bits overflow where it has no VNNI.
+    int8 weights have the range that the stages give them on this CPU: 8 bits overflow where it has no VNNI. What has
+    to be the same on every CPU says its `reduce_range`.
     """
     from compress.models.load import load_model
     from compress.models.parts import Parts
@@ -37,7 +40,8 @@ def quantised(source: Path, out: Path, scheme: Scheme, choice: SchemeChoice | No
     from compress.quant.targets import all_targets
 
     out.mkdir()
-    scheme = QuantizeOptions(scheme=scheme.name).base if not scheme.blockwise else scheme
+    if not scheme.blockwise:
+        scheme = QuantizeOptions(scheme=scheme.name, reduce_range=reduce_range).base
     model = load_model(source)
     targets = all_targets(Parts(model), choice or scheme)
     tensors = {target.name: quantize(weight_of(target.module), target.scheme) for target in targets}

@@ -145,8 +145,7 @@ def _hybrid(*mixers: str | None, source: str = "llama") -> Callable[[Workshop, P
 
 def _rounded(scheme: str, *, source: str = "llama") -> Callable[[Workshop, Path], None]:
     def make(workshop: Workshop, folder: Path) -> None:
-        own = SCHEMES[scheme]
-        quantised(workshop(source), folder, own if own.blockwise else own.reduced)
+        quantised(workshop(source), folder, SCHEMES[scheme], reduce_range=True)
 
     return make
 
