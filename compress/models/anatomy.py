@@ -66,6 +66,7 @@ class Family:
     `post` norm(x+attn(x)) then norm(x+mlp(x)). In `post` the two norms are those after each block.
     `hybrids`: the model types whose layers may have mixers in place of their attention.
     `conv1d`: the projections are `transformers.pytorch_utils.Conv1D`, whose weights are (in, out).
+    `tied_heads`: `config.json` has no `head_dim`: a head is hidden_size / num_attention_heads wide.
     `keys`: where `config.json` has another word for Hugging Face's common key.
     """
 
@@ -89,6 +90,7 @@ class Family:
     lm_head: str = ""
     hybrids: tuple[str, ...] = ()
     conv1d: bool = False
+    tied_heads: bool = False
     keys: Mapping[str, str] = field(default_factory=dict)
 
     def key(self, common: str) -> str:
@@ -135,6 +137,7 @@ GPT_NEOX = Family(
     final_norm="final_layer_norm",
     lm_head="lm_head",
     keys={"norm_eps": "layer_norm_eps"},
+    tied_heads=True,
 )
 
 GPT2 = Family(
@@ -155,6 +158,7 @@ GPT2 = Family(
     final_norm="ln_f",
     lm_head="lm_head",
     conv1d=True,
+    tied_heads=True,
     keys={
         "num_hidden_layers": "n_layer",
         "hidden_size": "n_embd",
@@ -184,6 +188,7 @@ BERT = Family(
     residual="post",
     position="learned",
     hybrids=("hybrid_bert",),
+    tied_heads=True,
     keys={"norm_eps": "layer_norm_eps"},
 )
 

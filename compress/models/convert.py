@@ -75,3 +75,15 @@ def _layer_types(config: PreTrainedConfig, mixers: Sequence[MixerSpec | None]) -
     before = getattr(config, "layer_types", None) or [SLIDING if window else FULL] * len(mixers)
     softmax = [FULL if layer_type == LINEAR else layer_type for layer_type in before]
     return [kept if spec is None else LINEAR for kept, spec in zip(softmax, mixers, strict=True)]
+
+
+def narrowed(
+    model: PreTrainedModel, changes: Any, weights: Any, layer_widths: Any = None
+) -> PreTrainedModel:
+    config = type(model.config).from_dict(model.config.to_dict() | dict(changes))
+    smaller = with_weights(
+        type(model), config, weights, dtype=model.dtype, attn_implementation=model.config._attn_implementation
+    )
+    if smaller.can_generate():
+        smaller.generation_config = copy.deepcopy(model.generation_config)
+    return cast(PreTrainedModel, smaller.eval())

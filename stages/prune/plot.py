@@ -1,7 +1,8 @@
-"""A picture of the scores: one bar for each layer, the dropped ones marked."""
+"""Pictures of what was pruned: the score of each layer, and how much of the scores narrower layers keep."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from compress.report.optional import drawing
@@ -40,4 +41,28 @@ def plot_scores(choice: Choice, num_layers: int, path: Path) -> None:
     axes.grid(axis="y", alpha=0.25)
     axes.set_axisbelow(True)
     axes.legend(handles=legend, frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    figure.savefig(path)
+
+
+@drawing
+def plot_shares(shares: Mapping[str, Sequence[float]], measure: str, path: Path) -> None:
+    """Draw, layer by layer, what share of the sum of scores stays of each dimension, to a PNG at `path`."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.6), dpi=120, layout="constrained")
+    axes = figure.add_subplot()
+    for dimension, values in shares.items():
+        if dimension == "hidden":
+            axes.axhline(100 * values[0], linestyle="--", color=LATER, linewidth=1.2, label="hidden, whole model")
+        else:
+            label = dimension.replace("_", " ")
+            axes.plot(range(len(values)), [100 * value for value in values], "o-", markersize=3.5, label=label)
+    axes.set_title(f"Importance that stays: {measure}", loc="left", fontsize=11)
+    axes.set_xlabel("layer")
+    axes.set_ylabel("share of the sum of scores, %", fontsize=8)
+    axes.set_ylim(0, 104)
+    axes.tick_params(labelsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", alpha=0.25)
+    axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(path)

@@ -1,0 +1,196 @@
+"""What widths `prune-groups` is asked for, and what that makes of a model's shape. Imports no torch.
+
+H query and G key/value heads; R = H/G query heads read each key/value head. A layer has softmax attention or a mixer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from compress.errors import Problem
+from compress.models.anatomy import ModelShape
+
+Kind = Literal["attention-heads", "kv-groups", "intermediate", "hidden", "ssm-heads", "ssm-channels"]
+Ask = int | float
+"""A number that stays, or a share."""
+OF_LAYERS: tuple[Kind, ...] = ("attention-heads", "kv-groups", "intermediate", "ssm-heads", "ssm-channels")
+_GRID = 256
+"""A budget is met by a share that is a multiple of one over this."""
+
+
+@dataclass(frozen=True)
+class Widths:
+    """What a layer keeps of each dimension, and how wide the residual stream stays."""
+
+    hidden: int
+    intermediate: int
+    heads: int
+    groups: int
+    value_lanes: int
+
+    @classmethod
+    def of(cls, shape: ModelShape) -> Widths:
+        """All of them."""
+        return cls(shape.hidden_size, shape.intermediate_size, shape.num_attention_heads, shape.num_key_value_heads,
+                   shape.head_dim)  # fmt: skip
+
+
+def total(kind: Kind, shape: ModelShape) -> int:
+    """How many there are of a kind in each layer that has it."""
+    full = Widths.of(shape)
+    return {
+        "attention-heads": full.heads, "ssm-heads": full.heads, "kv-groups": full.groups, "hidden": full.hidden,
+        "intermediate": full.intermediate, "ssm-channels": full.value_lanes,
+    }[kind]  # fmt: skip
+
+
+def has_mixer(shape: ModelShape, layer: int) -> bool:
+    """Whether a layer's attention is linear."""
+    return bool(shape.mixers) and shape.mixers[layer] is not None
+
+
+def step(kind: Kind, shape: ModelShape, groups: int, multiple_of: int) -> int:
+    """What a number of a kind has to be a multiple of, in a model that keeps so many `groups`.
+
+    Query heads go from every group alike. The width of the residual stream is bound to the heads where the class of the
+    config wants that (see `divisor`): then the step is made coarser no further than an eighth of the width.
+    """
+    if kind in ("attention-heads", "ssm-heads"):
+        return groups if shape.num_attention_heads > shape.num_key_value_heads else 1
+    if kind == "kv-groups":
+        return 1
+    if kind == "ssm-channels":
+        return math.gcd(multiple_of, 8)
+    return multiple_of
+
+
+def counts(keep: Mapping[Kind, Ask], shape: ModelShape, multiple_of: int) -> dict[Kind, int]:
+    """The numbers that stay of each kind in `keep`: those asked for, shares to the nearest step and at least one."""
+    found: dict[Kind, int] = {}
+    ordered = sorted(keep, key=lambda kind: (kind == "hidden", kind != "kv-groups"))  # each after what binds it
+    for kind in ordered:
+        asked, whole = keep[kind], total(kind, shape)
+        if isinstance(asked, int):
+            found[kind] = asked
+            continue
+        groups = found.get("kv-groups", shape.num_key_value_heads)
+        if kind == "hidden":
+            found[kind] = _hidden_near(asked * whole, shape, found, multiple_of)
+        elif kind == "kv-groups" or kind not in ("attention-heads", "ssm-heads"):
+            by = step(kind, shape, groups, multiple_of)
+            found[kind] = min(whole, max(by, by * round(asked * whole / by)))
+        else:
+            by = step(kind, shape, groups, multiple_of)
+            most = whole if by == 1 else groups * (whole // shape.num_key_value_heads)
+            found[kind] = min(most, max(by, by * round(asked * whole / by)))
+    return found
+
+
+def divisor(shape: ModelShape, kept: Mapping[Kind, int]) -> int:
+    """What the width of the residual stream must be a multiple of: the heads, where the config's class wants that."""
+    heads = softmax_heads(shape, kept)
+    return heads if shape.family.tied_heads or shape.model_type.removeprefix("hybrid_") == "llama" else 1
+
+
+def softmax_heads(shape: ModelShape, kept: Mapping[Kind, int]) -> int:
+    """Query heads that a layer with softmax attention keeps."""
+    return _heads("attention-heads", shape, kept)[0]
+
+
+def _heads(kind: Kind, shape: ModelShape, kept: Mapping[Kind, int]) -> tuple[int, int]:
+    """(query heads, key/value heads) that stay where query heads are cut as `kind`."""
+    heads, groups = shape.num_attention_heads, shape.num_key_value_heads
+    if heads == groups:
+        left = min(kept.get(kind, heads), kept.get("kv-groups", groups))
+        return left, left
+    left = kept.get("kv-groups", groups)
+    return kept.get(kind, heads // groups * left), left
+
+
+def _hidden_near(wanted: float, shape: ModelShape, kept: Mapping[Kind, int], multiple_of: int) -> int:
+    whole, heads = shape.hidden_size, divisor(shape, kept)
+    if shape.family.tied_heads and "attention-heads" in kept:
+        return heads * shape.head_dim
+    by = multiple_of
+    while by > 1 and math.lcm(by, heads) > whole // 8:
+        by //= 2
+    by = math.lcm(max(by, 1), heads)
+    return min(whole, max(by, by * round(wanted / by)))
+
+
+def layer_widths(kept: Mapping[Kind, int], shape: ModelShape, layer: int) -> Widths:
+    """What one layer keeps where every layer keeps as many of each kind."""
+    mixed = has_mixer(shape, layer)
+    heads, groups = _heads("ssm-heads" if mixed else "attention-heads", shape, kept)
+    full = Widths.of(shape)
+    return Widths(
+        kept.get("hidden", full.hidden), kept.get("intermediate", full.intermediate), heads, groups,
+        kept.get("ssm-channels", full.value_lanes) if mixed else full.value_lanes,
+    )  # fmt: skip
+
+
+def problems(keep: Mapping[Kind, Ask], shape: ModelShape, multiple_of: int, explicit_step: bool) -> Iterator[Problem]:
+    """What of `keep` this model can't have; `where` is `keep.KIND`."""
+    kept = counts(keep, shape, multiple_of)
+    groups = kept.get("kv-groups", shape.num_key_value_heads)
+    for kind, number in kept.items():
+        whole = total(kind, shape)
+        if kind.startswith("ssm") and not any(shape.mixers):
+            what = "no layer has a mixer: every attention is softmax"
+            yield Problem(f"keep.{kind}", what, "put convert-attention before it, or leave it out")
+        elif kind == "attention-heads" and shape.mixers and all(shape.mixers):
+            yield Problem(f"keep.{kind}", "every layer has a mixer in its attention's place", "use ssm-heads")
+        elif not 0 < number <= whole:
+            yield Problem(f"keep.{kind}", f"{number} of {whole}", f"choose 1 to {whole}, or a share from 0 to 1")
+        elif kind not in ("kv-groups", "hidden"):
+            by = step(kind, shape, groups, multiple_of if explicit_step else 1)
+            yield from _no_multiple(kind, number, by, whole, f"each of {groups} key/value heads keeps as many"
+                                    if kind.endswith("heads") else f"multiple_of is {by}")  # fmt: skip
+            ratio = shape.num_attention_heads // shape.num_key_value_heads
+            if kind.endswith("heads") and ratio > 1 and number > groups * ratio:
+                what = f"{number} query heads, where {groups} key/value heads are read by {groups * ratio}"
+                yield Problem(f"keep.{kind}", what, f"at most {groups * ratio}")
+    if "hidden" in kept and 0 < kept["hidden"] <= shape.hidden_size:
+        by = divisor(shape, kept)
+        reason = f"{shape.model_type} wants a multiple of its {by} heads"
+        yield from _no_multiple("hidden", kept["hidden"], by, shape.hidden_size, reason)
+
+
+def _no_multiple(kind: Kind, number: int, by: int, whole: int, reason: str) -> Iterator[Problem]:
+    if number % by:
+        near = sorted({number // by * by, min(whole // by * by, -(-number // by) * by)} - {0})
+        yield Problem(f"keep.{kind}", f"{number} is not possible: {reason}", f"nearest: {' or '.join(map(str, near))}")
+
+
+def narrowed(shape: ModelShape, widths: Sequence[Widths]) -> ModelShape:
+    """The shape of the model whose layers have these widths; of several, those of its softmax layers."""
+    first = next((w for layer, w in enumerate(widths) if not has_mixer(shape, layer)), widths[0])
+    return replace(
+        shape, hidden_size=first.hidden, intermediate_size=round(sum(w.intermediate for w in widths) / len(widths)),
+        num_attention_heads=first.heads, num_key_value_heads=first.groups, head_dim=shape.head_dim,
+    )  # fmt: skip
+
+
+Cost = Callable[[Mapping[Kind, int]], int]
+
+
+def within(
+    kinds: Sequence[Kind], shape: ModelShape, multiple_of: int, budget: float, cost: Cost
+) -> tuple[dict[Kind, int], float]:
+    """The widest numbers of `kinds`, by one share of each, of which `cost` is within `budget`, and their cost.
+
+    Where nothing is, those that come closest.
+    """
+    best: tuple[dict[Kind, int], float] | None = None
+    for share in range(_GRID, 0, -1):
+        kept = counts(dict.fromkeys(kinds, share / _GRID), shape, multiple_of)
+        found = cost(kept)
+        if found <= budget:
+            return kept, found
+        if best is None or found < best[1]:
+            best = kept, found
+    assert best is not None
+    return best
