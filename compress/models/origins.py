@@ -1,8 +1,9 @@
 """Where the parts of a pruned model come from, as its `config.json` says, so that a teacher is compared part by part.
 
-`origin_layers`: which layer of the source each one was, of `origin_num_hidden_layers`; `origin_channels`: which channel
-of the source's residual stream each one was, of `origin_hidden_size`; `origin_heads`: for each layer, which of the
-source's query heads each one was. A model without these keys is its own source. Imports no torch.
+`origin_layers`: which layer of the source each one was, of `origin_num_hidden_layers`. `origin_channels`: which channel
+of the source's residual stream each one was, of `origin_hidden_size`. `origin_heads`: for each layer, which query head of
+the source's layer each one was, of `origin_num_attention_heads`. A model without these keys is its own source. Imports
+no torch.
 """
 
 from __future__ import annotations
@@ -14,15 +15,16 @@ from typing import Any
 from compress.models.anatomy import shape_of
 
 LAYERS, CHANNELS, HEADS = "origin_layers", "origin_channels", "origin_heads"
-NUM_LAYERS, HIDDEN_SIZE = "origin_num_hidden_layers", "origin_hidden_size"
+NUM_LAYERS, HIDDEN_SIZE, NUM_HEADS = "origin_num_hidden_layers", "origin_hidden_size", "origin_num_attention_heads"
 
 
 @dataclass(frozen=True)
 class Origins:
-    """layers, channels, heads: indices into the source's, of which there are num_layers and hidden_size."""
+    """layers, channels, heads: indices into the source's, of which there are num_layers, hidden_size and num_heads."""
 
     num_layers: int
     hidden_size: int
+    num_heads: int
     layers: tuple[int, ...]
     channels: tuple[int, ...]
     heads: tuple[tuple[int, ...], ...]
@@ -39,6 +41,7 @@ class Origins:
         return cls(
             int(config.get(NUM_LAYERS) or 0) if layers else shape.num_hidden_layers,
             int(config.get(HIDDEN_SIZE) or 0) if channels else shape.hidden_size,
+            int(config.get(NUM_HEADS) or 0) if fits else shape.num_attention_heads,
             layers or tuple(range(shape.num_hidden_layers)), channels or tuple(range(shape.hidden_size)),
             tuple(map(tuple, heads if fits and heads is not None else every_head)),
         )  # fmt: skip
@@ -50,7 +53,9 @@ class Origins:
             said |= {LAYERS: list(self.layers), NUM_LAYERS: self.num_layers}
         if len(self.channels) < self.hidden_size:
             said |= {CHANNELS: list(self.channels), HIDDEN_SIZE: self.hidden_size}
-        return said | {HEADS: [list(heads) for heads in self.heads]}
+        if any(list(own) != list(range(self.num_heads)) for own in self.heads):
+            said |= {HEADS: [list(own) for own in self.heads], NUM_HEADS: self.num_heads}
+        return said
 
 
 def _indices(value: object, number: int) -> tuple[int, ...]:

@@ -8,9 +8,9 @@ layer and a few sequences at a time.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Self
 
@@ -24,6 +24,7 @@ from compress.errors import StageFailed
 from compress.models.parts import Parts
 from compress.train.losses import chunked_sum
 from compress.train.options import LossWeights
+from compress.train.teacher import answering_channels, answering_heads
 
 SMALLEST = 1e-8
 """Probabilities below it count as it in the divergence, on both sides."""
@@ -52,6 +53,14 @@ class Scores:
         visible = None if self.visible is None else self.mask()[rows]
         return type(self)(self.query_BHTD[rows], self.key_BGTD[rows], self.scaling, visible, self.causal)
 
+    def of(self, heads: Sequence[int] | None) -> Self:
+        """Those of some query heads, with keys of their own; of all where they are None, or all of them."""
+        num_heads = self.query_BHTD.shape[1]
+        if heads is None or list(heads) == list(range(num_heads)):
+            return self
+        keys_BHTD = self.key_BGTD.repeat_interleave(num_heads // self.key_BGTD.shape[1], 1)
+        return replace(self, query_BHTD=self.query_BHTD[:, list(heads)], key_BGTD=keys_BHTD[:, list(heads)])
+
     def mask(self) -> Tensor:
         """`visible` of every sequence, spelt out: (B, 1, T, T)."""
         batch, _, length, _ = self.query_BHTD.shape
@@ -71,11 +80,17 @@ class Noted:
 
 
 class Watch:
-    """Notes the scores of the layers `maps` and the outputs of the attention blocks of the layers `outputs`."""
+    """Notes the scores of the layers `maps` and the outputs of the attention blocks of the layers `outputs`.
 
-    def __init__(self, model: nn.Module, maps: Sequence[int], outputs: Sequence[int]) -> None:
+    heads: by layer, which of its query heads are noted; all where a layer is not named.
+    """
+
+    def __init__(
+        self, model: nn.Module, maps: Sequence[int], outputs: Sequence[int],
+        heads: Mapping[int, Sequence[int] | None] | None = None,
+    ) -> None:  # fmt: skip
         parts = Parts(model)
-        self.maps, self.outputs = maps, outputs
+        self.maps, self.outputs, self._heads = maps, outputs, heads or {}
         self._blocks = {layer: parts.attention(parts.layers[layer]) for layer in {*maps, *outputs}}
         self._layer_of = {module: layer for layer in maps for module in self._blocks[layer].modules()}
 
@@ -94,7 +109,8 @@ class Watch:
                 scaling, causal = options.get("scaling"), options.get("is_causal")
                 scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
                 causal = getattr(module, "is_causal", True) if causal is None else causal
-                noted.scores[self._layer_of[module]] = Scores(query, key, scaling, attention_mask, causal)
+                layer = self._layer_of[module]
+                noted.scores[layer] = Scores(query, key, scaling, attention_mask, causal).of(self._heads.get(layer))
             return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
 
         with ExitStack() as stack:
@@ -119,11 +135,14 @@ def watches(
         return (Watch(student, (), ()),)
     models = student, teacher
     ours, theirs = (Parts(model).shape for model in models)
-    for problem in weights.misfits(ours, theirs):
-        raise StageFailed(problem.where, problem.what, problem.fix)
     mixers, their_mixers = (each.mixers or (None,) * each.num_hidden_layers for each in (ours, theirs))
     pairs = [(i, j) for i, j in dict.fromkeys([(0, 0), *layer_map]) if i < len(mixers) and j < len(their_mixers)]
     mapped = [(i, j) for i, j in pairs if not (mixers[i] or their_mixers[j])] if weights.attention_map else []
+    heads = {j: answering_heads(student, teacher, i, j) for i, j in mapped}
+    known = {"attention_map"} if all(own is not None for own in heads.values()) else set()
+    known |= {"hidden", "attention_output"} if answering_channels(student, teacher) is not None else set()
+    for problem in weights.misfits(ours, theirs, known):
+        raise StageFailed(problem.where, problem.what, problem.fix)
     if weights.attention_map and not mapped:
         what = "no layer with softmax attention answers to one that has it too, and a mixer has no map"
         raise StageFailed("loss.attention_map", what, "use attention_output")
@@ -131,9 +150,9 @@ def watches(
         what = f"maps are read where attention is computed by {_SDPA}, and here it is by {implementation}"
         raise StageFailed("loss.attention_map", what, f"load the model with attn_implementation={_SDPA!r}")
     compared = pairs if weights.attention_output else []
-    return tuple(
-        Watch(model, [pair[side] for pair in mapped], [pair[side] for pair in compared])
-        for side, model in enumerate(models)
+    return (
+        Watch(student, [i for i, _ in mapped], [i for i, _ in compared]),
+        Watch(teacher, [j for _, j in mapped], [j for _, j in compared], heads),
     )
 
 

@@ -27,6 +27,7 @@ from compress.train.launch import is_follower
 from compress.train.objective import Objective
 from compress.train.options import TrainingOptions
 from compress.train.resumable import step_arguments, train
+from compress.train.teacher import answering_channels
 from compress.train.trainer import Blocks, Labelled, RecoveryTrainer
 from compress.train.trainer import Ids as Ids
 
@@ -73,7 +74,10 @@ def recover(
             save_weights(student, str(work / _PARTIAL))
             (work / _PARTIAL).rename(work / START)
     order = training_order(len(train_NT), options.num_steps * options.batch_size, seed)
-    objective = Objective(options.loss, options.temperature, options.hidden_distance, layer_map)
+    channels = None if teacher is None else answering_channels(student, teacher)
+    if teacher is not None and channels == list(range(teacher.config.hidden_size)):
+        channels = None
+    objective = Objective(options.loss, options.temperature, options.hidden_distance, layer_map, channels)
     arguments = training_arguments(options, work, seed, bool(student.config.use_cache))
     trainer = RecoveryTrainer(
         student, teacher, objective, arguments, Blocks(train_NT, order), Blocks(eval_NT, range(len(eval_NT))),

@@ -59,6 +59,8 @@ class Objective:
     hidden_distance: HiddenDistance
     layer_map: Sequence[tuple[int, int]] = ()
     """Pairs of (student, teacher) indices into `hidden_states`, where 0 is the embedding's output."""
+    channels: Sequence[int] | None = None
+    """Which of the teacher's channels the student's are; None where both have the same."""
 
     def per_item(self, student_NV: Tensor, teacher_NV: Tensor, labels_N: Tensor) -> Tensor:
         """(N,): the weighted losses on logits; 0 where the label is IGNORED."""
@@ -87,13 +89,14 @@ class Objective:
         total = torch.zeros((), device=weights_BT.device)
         if self.weights.hidden:
             distances_LBT = [
-                hidden_distance(student.hidden_states[i], teacher.hidden_states[j], self.hidden_distance)
+                hidden_distance(student.hidden_states[i], self._ours(teacher.hidden_states[j]), self.hidden_distance)
                 for i, j in self.layer_map
             ]
             total = total + self.weights.hidden * (torch.stack(distances_LBT).mean(0) * weights_BT).sum()
         if self.weights.attention_output:
             distances_LBT = [
-                hidden_distance(*pair, "mse") for pair in zip(student.attended, teacher.attended, strict=True)
+                hidden_distance(ours, self._ours(theirs), "mse")
+                for ours, theirs in zip(student.attended, teacher.attended, strict=True)
             ]
             total = total + self.weights.attention_output * (torch.stack(distances_LBT).mean(0) * weights_BT).sum()
         if self.weights.attention_map:
@@ -101,6 +104,10 @@ class Objective:
             divergences_L = torch.stack([map_divergence(*pair, weights_BT) for pair in pairs])
             total = total + self.weights.attention_map * divergences_L.mean()
         return total
+
+    def _ours(self, teacher_BTD: Tensor) -> Tensor:
+        """Those of the teacher's channels that the student has."""
+        return teacher_BTD if self.channels is None else teacher_BTD[..., list(self.channels)]
 
 
 def token_weights(batch: Batch) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -37,17 +37,21 @@ class LossWeights(BaseModel):
         """Whether anything but the text is learnt from."""
         return any(weight for name, weight in self if name != "ce")
 
-    def misfits(self, student: ModelShape, teacher: ModelShape) -> Iterator[Problem]:
-        """What can't be compared of two models of these shapes."""
+    def misfits(self, student: ModelShape, teacher: ModelShape, known: Collection[str] = ()) -> Iterator[Problem]:
+        """What can't be compared of two models of these shapes.
+
+        known: losses of which it is known what of the teacher each part of the student answers to.
+        """
         if self.attention_map and student.mixers and all(student.mixers):
             what = "every layer has a mixer in its attention's place, and a mixer has no map"
             yield Problem("loss.attention_map", what, "use attention_output")
-        if self.attention_map and teacher.num_attention_heads != student.num_attention_heads:
-            what = f"{teacher.num_attention_heads} heads a layer in the teacher, and {student.num_attention_heads} here"
+        heads = teacher.num_attention_heads, student.num_attention_heads
+        if self.attention_map and "attention_map" not in known and heads[0] != heads[1]:
+            what = f"{heads[0]} heads a layer in the teacher, and {heads[1]} here"
             yield Problem("loss.attention_map", what, "use attention_output, which compares no heads")
         if teacher.hidden_size != student.hidden_size:
             for name in ("hidden", "attention_output"):
-                if getattr(self, name):
+                if getattr(self, name) and name not in known:
                     what = f"the teacher's layers are {teacher.hidden_size} wide, and the model's {student.hidden_size}"
                     yield Problem(f"loss.{name}", what, "use kl, which compares logits")
 

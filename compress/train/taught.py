@@ -18,8 +18,6 @@ from compress.stage import SOURCE, OtherModel, Ref, StageContext
 from compress.train.options import LossWeights, TrainingOptions
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from compress.models.sources import Source
     from compress.train.engine import Ids
 
@@ -104,16 +102,6 @@ class TaughtOptions(TrainingOptions):
             what = f"{self.teacher!r} is of the format {artifact.format}"
             raise StageFailed(TEACHER, what, "name a stage that returns a torch model")
         return artifact.path if artifact else None
-
-
-def answering_layers(student: PreTrainedModel, teacher: PreTrainedModel | None, folder: Path) -> list[tuple[int, int]]:
-    """Which of the teacher's hidden states each of the student's, loaded from `folder`, shall be like."""
-    from compress.models.parts import Parts
-    from compress.train.teacher import dropped_layers, layer_map
-
-    if teacher is None:
-        return []
-    return list(layer_map(len(Parts(student).layers), len(Parts(teacher).layers), dropped_layers(folder)))
 
 
 def figures(evaluation: Mapping[str, float]) -> dict[str, float]:

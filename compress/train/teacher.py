@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from compress.errors import StageFailed
+from compress.models.origins import Origins, places_in
 from compress.train.options import HEADLESS_LOSS, TrainingOptions
 
 if TYPE_CHECKING:
@@ -54,10 +54,33 @@ def layer_map(num_student: int, num_teacher: int, dropped: Collection[int] = ())
     return [(i, round(i * num_teacher / num_student)) for i in range(1, num_student + 1)]
 
 
-def dropped_layers(folder: Path) -> tuple[int, ...]:
-    """The layers that `prune-layers` left out of the model in `folder`, where it says so."""
-    try:
-        scores: Any = json.loads((folder / "scores.json").read_text("utf-8"))
-    except (OSError, ValueError):
-        return ()
-    return tuple(scores.get("dropped", ())) if isinstance(scores, dict) else ()
+def answering_layers(student: PreTrainedModel, teacher: PreTrainedModel | None) -> list[tuple[int, int]]:
+    """Which of the teacher's hidden states each of the student's shall be like: see `layer_map`.
+
+    Where both come from one source, as their configs say, a layer answers to the one that it was.
+    """
+    if teacher is None:
+        return []
+    ours, theirs = origins_of(student), origins_of(teacher)
+    kept = places_in(ours.layers, theirs.layers) if ours.num_layers == theirs.num_layers else None
+    num_theirs = len(theirs.layers)
+    dropped = set(range(num_theirs)) - set(kept) if kept is not None else ()
+    return list(layer_map(len(ours.layers), num_theirs, dropped))
+
+
+def answering_channels(student: PreTrainedModel, teacher: PreTrainedModel) -> list[int] | None:
+    """Which channel of the teacher's residual stream each of the student's is; None where that is not known."""
+    ours, theirs = origins_of(student), origins_of(teacher)
+    return places_in(ours.channels, theirs.channels) if ours.hidden_size == theirs.hidden_size else None
+
+
+def answering_heads(student: PreTrainedModel, teacher: PreTrainedModel, layer: int, their: int) -> list[int] | None:
+    """The same of the query heads of the student's layer `layer`, which was the teacher's layer `their`."""
+    ours, theirs = origins_of(student), origins_of(teacher)
+    alike = (ours.num_layers, ours.num_heads) == (theirs.num_layers, theirs.num_heads)
+    return places_in(ours.heads[layer], theirs.heads[their]) if alike else None
+
+
+def origins_of(model: PreTrainedModel) -> Origins:
+    """What the model's config says of where its parts come from."""
+    return Origins.of(model.config.to_dict())

@@ -31,7 +31,7 @@ from compress.train.engine import Ids, Outcome, place, recover, training_ids
 from compress.train.generated import train_blocks
 from compress.train.options import AlignOptions
 from compress.train.precision import uses_bf16
-from compress.train.teacher import check_same_vocabulary, fitting_loss, layer_map, load_teacher
+from compress.train.teacher import answering_layers, check_same_vocabulary, fitting_loss, load_teacher
 from compress.units import Unit, Units
 
 _NUM_BATCH_TOKENS = 1024
@@ -197,7 +197,7 @@ def _train(
     work: Path, seed: int, reporter: Reporter,
 ) -> Outcome:  # fmt: skip
     parts = Parts(student)
-    layers = layer_map(len(parts.layers), len(Parts(teacher).layers))
+    layers = answering_layers(student, teacher)
     fitting = fitting_loss(options, has_logits=bool(parts.prefix))
     rates = dict.fromkeys(new_parameters(student), options.mixer_learning_rate)
     return recover(student, teacher, *ids, fitting, layers, work, seed, reporter, rates)

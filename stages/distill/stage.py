@@ -12,7 +12,7 @@ from compress.errors import Problem
 from compress.models.anatomy import ModelShape
 from compress.options import counted
 from compress.stage import Given, OtherModel, Ref, Reporter, Stage, StageContext
-from compress.train.taught import TaughtOptions, answering_layers, figures
+from compress.train.taught import TaughtOptions, figures
 
 if TYPE_CHECKING:
     import numpy as np
@@ -89,11 +89,11 @@ def train_student(job: Job, reporter: Reporter) -> tuple[PreTrainedModel, Outcom
     from compress.models.load import load_model
     from compress.models.parts import Parts
     from compress.train.engine import recover
-    from compress.train.teacher import fitting_loss, load_teacher
+    from compress.train.teacher import answering_layers, fitting_loss, load_teacher
 
     student = load_model(job.student)
     teacher = load_teacher(job.teacher, job.options.teacher_bits) if job.teacher else None
     options = fitting_loss(job.options, has_logits=bool(Parts(student).prefix))
-    layers = answering_layers(student, teacher, job.student)
+    layers = answering_layers(student, teacher)
     outcome = recover(student, teacher, job.train_NT, job.eval_NT, options, layers, job.work, job.seed, reporter)
     return student, outcome

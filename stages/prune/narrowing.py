@@ -17,7 +17,7 @@ from compress.models.axes import Dimension, Place, length
 from compress.models.convert import narrowed
 from compress.models.folder import config_of, module_folders
 from compress.models.narrow import Indices, Kept
-from compress.models.origins import HEADS, Origins
+from compress.models.origins import Origins
 from compress.models.parts import Parts
 from compress.stages.prune.widths import Widths, has_mixer
 
@@ -71,10 +71,7 @@ def note_origins(smaller: PreTrainedModel, parts: Parts, kept: Kept) -> None:
     before = Origins.of(cast(Any, parts.model).config.to_dict())
     heads = [_of(before.heads[layer], own.get("heads")) for layer, own in enumerate(kept.layers)]
     after = replace(before, channels=_of(before.channels, kept.hidden), heads=tuple(heads))
-    said = after.keys()
-    if all(len(own) == parts.shape.num_attention_heads for own in heads) and not hasattr(smaller.config, HEADS):
-        del said[HEADS]
-    for name, value in said.items():
+    for name, value in after.keys().items():
         setattr(smaller.config, name, value)
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import replace
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from compress.errors import StageFailed
+from compress.models.origins import Origins
 from compress.models.parts import Parts
 
 
@@ -21,7 +23,7 @@ def drop_layers(model: PreTrainedModel, dropped: Collection[int]) -> None:
     if getattr(config, "scale_attn_by_inverse_layer_idx", False):
         what = "scale_attn_by_inverse_layer_idx: the layers after a dropped one would change their scale"
         raise StageFailed("prune-layers", what, "this model's layers can't be dropped")
-    parts = Parts(model)
+    parts, before = Parts(model), Origins.of(config.to_dict())
     kept = [index for index in range(len(parts.layers)) if index not in dropped]
     parts.replace_layers([parts.layers[index] for index in kept])
     for index, layer in enumerate(parts.layers):
@@ -35,3 +37,6 @@ def drop_layers(model: PreTrainedModel, dropped: Collection[int]) -> None:
     if hasattr(config, "max_window_layers"):
         config.max_window_layers = sum(index < config.max_window_layers for index in kept)
     setattr(config, parts.family.key("num_hidden_layers"), len(kept))
+    after = replace(before, layers=tuple(before.layers[i] for i in kept), heads=tuple(before.heads[i] for i in kept))
+    for name, value in after.keys().items():
+        setattr(config, name, value)

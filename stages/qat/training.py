@@ -24,8 +24,7 @@ from compress.stage import Reporter, StageContext
 from compress.stages.qat.stage import Qat
 from compress.train.distributed import agreed
 from compress.train.engine import Ids, Outcome, recover
-from compress.train.taught import answering_layers
-from compress.train.teacher import fitting_loss, load_teacher
+from compress.train.teacher import answering_layers, fitting_loss, load_teacher
 from compress.units import Units
 
 _START = "start"
@@ -80,7 +79,7 @@ def train(job: Job, reporter: Reporter) -> Result:
     """Train through every scheme in turn. Raises StageFailed where a training diverges."""
     model = load_model(job.input)
     teacher = load_teacher(job.teacher, job.options.teacher_bits) if job.teacher else None
-    layers = answering_layers(model, teacher, job.input)
+    layers = answering_layers(model, teacher)
     has_logits = bool(Parts(model).prefix)
     outcomes: dict[Path, Outcome] = {}
     tensors: dict[str, QTensor] = {}
