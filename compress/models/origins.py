@@ -1,9 +1,9 @@
 """Where the parts of a pruned model come from, as its `config.json` says, so that a teacher is compared part by part.
 
 `origin_layers`: which layer of the source each one was, of `origin_num_hidden_layers`. `origin_channels`: which channel
-of the source's residual stream each one was, of `origin_hidden_size`. `origin_heads`: for each layer, which query head of
-the source's layer each one was, of `origin_num_attention_heads`. A model without these keys is its own source. Imports
-no torch.
+of the source's residual stream each one was, of `origin_hidden_size`. `origin_heads`: for each layer, which query head
+of the source's layer each one was, of `origin_num_attention_heads`. A model without these keys is its own source.
+Imports no torch.
 """
 
 from __future__ import annotations

@@ -89,10 +89,12 @@ class PruneGroups(Stage):
         return self.by == "random"
 
     def settled(self, given: Given) -> Mapping[str, Any]:
-        """Shares and budgets stay as they are: what they come to is told by the input."""
+        """What shares of this model come to; of a budget, the budget."""
         text: dict[str, Any] = {} if self._scores else {"tokens": None, "sequence_length": None}
-        keep = None if self.keep is None else dict(sorted(self.keep.items()))
-        return counted(self, {**text, "keep": keep, "cut": sorted(self.cut or ()) or None})
+        if self.keep is None:
+            return counted(self, {**text, "cut": sorted(self.cut or ())})
+        told: dict[str, Any] = {} if self.allocate == "global" else {"multiple_of": None}
+        return counted(self, {**text, **told, "keep": dict(sorted(self._numbers(given.shape).items()))})
 
     def check(self, model: ModelShape) -> Iterator[Problem]:
         """Whether the model can have these widths, and takes text blocks of this length."""

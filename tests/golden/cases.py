@@ -58,6 +58,13 @@ CASES: Mapping[str, Mapping[str, Case]] = {
         "listed-hybrid": _of("hybrid", drop=[0]),
         "encoder": _of("bert", drop=1, by="leave-one-out", **_SCORING),
     },
+    "prune-groups": {
+        "activation": _of("llama", keep={"intermediate": 48, "hidden": 48, "attention-heads": 2}, **_SCORING),
+        "taylor": _of("llama-untied", keep={"intermediate": 48, "kv-groups": 1}, by="taylor", **_SCORING),
+        "magnitude-encoder": _of("bert", keep={"hidden": 0.5, "attention-heads": 2}, by="magnitude"),
+        "random": _of("gpt2", keep={"intermediate": 40}, by="random"),
+        "budget": _of("llama-deep", cut=["intermediate", "hidden"], params=0.75, multiple_of=8, **_SCORING),
+    },
     "convert-attention": {
         "linear": Case({"to": "linear", "convert": [1], "align": None, "distill": None}, LLAMA),
         "linear-chosen": Case({"to": "linear", "convert": 1, "window": 6, **_CONVERT}, LLAMA),

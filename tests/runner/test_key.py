@@ -92,6 +92,13 @@ DIFFERENT: dict[str, dict[str, list[Any]]] = {
         "keep": [2, 3, [0, 1], [0, 2]], "drop": [2, 3, [0, 1], [0, 2]], "tokens": [OUT, 4096, 8192],
         "by": ["block-influence", "angular", "leave-one-out", "uniform", "random"], "sequence_length": [128, 256],
     },
+    "prune-groups": {
+        "keep": [{"hidden": 128}, {"hidden": 192}, {"intermediate": 128}, {"hidden": 128, "intermediate": 128}],
+        "cut": [("hidden",), ("intermediate",), ("hidden", "intermediate")], "params": [0.6, 0.75, 3_000_000],
+        "size_mb": [12.0, 16.0], "by": ["activation", "taylor", "magnitude", "random"],
+        "allocate": ["uniform", "global"], "multiple_of": [16, 32], "tokens": [4096, 8192],
+        "sequence_length": [128, 256],
+    },
     "convert-attention": {
         "to": ["linear", "gated-linear", "mamba2", "gated-delta", "sliding"], "keep": [OUT, 2, 3, [0], [1, 2]],
         "convert": [OUT, 2, 3, [0], [1, 2]], "select": ["kl-proxy", "kl", "uniform", "random"],
@@ -133,10 +140,14 @@ DIFFERENT: dict[str, dict[str, list[Any]]] = {
 }  # fmt: skip
 """By stage and option: values of which any two make another artifact."""
 BASE: dict[str, dict[str, Any]] = {
+    "prune-groups": {"keep": {"intermediate": 0.5}},
     "prune-layers": {"keep": 4}, "convert-attention": {"to": "gated-linear", "convert": 4},
     "choose-format": {"schemes": ["fp32", "w4-block32"], "prompts": [64]}, "latency": {"prompts": [64]},
 }  # fmt: skip
 NEEDED: dict[tuple[str, str], dict[str, Any]] = {
+    ("prune-groups", "cut"): {"keep": OUT, "params": 0.6}, ("prune-groups", "params"): {"keep": OUT, "cut": ["hidden"]},
+    ("prune-groups", "size_mb"): {"keep": OUT, "cut": ["hidden"]},
+    ("prune-groups", "multiple_of"): {"allocate": "global"},
     ("prune-layers", "drop"): {"keep": OUT}, ("convert-attention", "keep"): {"convert": OUT},
     ("convert-attention", "kl_tokens"): {"select": "kl"},
     ("quantize", "smoothing"): {"scheme": "w8a8-dynamic", "scaling": "smoothquant"},
@@ -200,6 +211,12 @@ SAME: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("prune-layers", {"keep": [0, 2, 1, 3]}, {"drop": [7, 6, 5, 4]}),
     ("prune-layers", {"keep": [0]}, {"keep": [0], "tokens": 999, "sequence_length": 64}),
     ("prune-layers", {"keep": 4, "by": "random"}, {"keep": 4, "by": "random", "tokens": 999, "sequence_length": 64}),
+    ("prune-groups", {"keep": {"intermediate": 384}}, {"keep": {"intermediate": 0.75}}),
+    ("prune-groups", {"keep": {"hidden": 128, "intermediate": 0.5}}, {"keep": {"intermediate": 256, "hidden": 0.5}}),
+    ("prune-groups", {"keep": {"hidden": 128}, "by": "magnitude"},
+     {"keep": {"hidden": 128}, "by": "magnitude", "tokens": 999, "multiple_of": 8}),
+    ("prune-groups", {"cut": ["hidden", "intermediate"], "params": 0.6},
+     {"cut": ["intermediate", "hidden"], "params": 0.6}),
     ("convert-attention", {"to": "linear"}, {"to": "linear", "window": 64}),
     ("convert-attention", {"to": "linear"}, {"to": "linear", "keep": 0}),
     ("convert-attention", {"to": "linear"}, {"to": "linear", "feature_map": "hedgehog"}),
@@ -296,6 +313,8 @@ NO_TRAINING = {"align": None, "distill": None}
     [
         ({"prune-layers": {"keep": 4}}, False), ({"prune-layers": {"keep": [0]}}, False),
         ({"prune-layers": {"keep": 4, "by": "uniform"}}, False), ({"prune-layers": {"keep": 4, "by": "random"}}, True),
+        ({"prune-groups": {"keep": {"hidden": 128}}}, False),
+        ({"prune-groups": {"keep": {"hidden": 128}, "by": "random"}}, True),
         ({"distill": {}}, True), ({"qat": {}}, True), ({"quantize": {}}, False), ("export-onnx", False),
         ("evaluate", False), ({"convert-attention": {"to": "linear"}}, True),
         ({"convert-attention": {"to": "linear", **NO_TRAINING}}, False),
@@ -314,6 +333,8 @@ def test_a_seed_counts_where_it_is_used(stage: Any, counts: bool) -> None:
     [
         ({"prune-layers": {"keep": 4}}, True), ({"prune-layers": {"keep": [0]}}, False),
         ({"prune-layers": {"drop": 4, "by": "uniform"}}, False), ({"prune-layers": {"keep": 4, "by": "random"}}, False),
+        ({"prune-groups": {"keep": {"hidden": 128}}}, True),
+        ({"prune-groups": {"keep": {"hidden": 128}, "by": "magnitude"}}, False),
         ({"distill": {}}, True), ({"quantize": {}}, True), ({"quantize": {"method": "rtn"}}, False),
         ({"export-onnx": {}}, False), ({"export-onnx": {"kv_cache": "int8"}}, True), ("evaluate", True),
         ({"convert-attention": {"to": "linear", **NO_TRAINING}}, False),

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
+from exporting import export
+from pydantic import ValidationError
 from torch import Tensor, nn
 
-from compress.errors import Problem
+from compress.artifact import Artifact
 from compress.models.anatomy import shape_of
 from compress.models.axes import indices, sizes_of
 from compress.models.load import load_model
 from compress.models.narrow import Kept, explained, narrow, weights_of
 from compress.models.parts import Parts
+from compress.stage import StageContext, Target
 from compress.stages.prune.groups import PruneGroups
 from compress.stages.prune.importance import at_random
 from compress.stages.prune.narrowing import num_parameters, rebuilt
@@ -24,6 +31,7 @@ from compress.stages.prune.widths import layer_widths
 from pico import MODEL_TYPES, VOCAB_SIZE, make_pico
 
 IDS = torch.randint(0, VOCAB_SIZE, (2, 40), generator=torch.Generator().manual_seed(1))
+Pico = Callable[[str], Path]
 GROUPED = ("llama", "mistral", "qwen2", "qwen3")
 KEEP: dict[str, dict[str, int]] = {
     "intermediate": {"intermediate": 40},
@@ -102,3 +110,176 @@ def test_the_narrower_model_is_the_masked_one(model_type: str, kind: str, tmp_pa
         theirs = theirs[..., list(kept.hidden or ())]
     assert (ours - theirs).abs().max() <= 1e-5 * (theirs.max() - theirs.min())
     assert ours.shape != full.shape or (ours - full).abs().max() > 0.01
+
+
+class RandomTokens:
+    """Stands for a pipeline's text: the same random token ids each time."""
+
+    def blocks(self, split: str, tokenizer: Any, sequence_length: int, max_tokens: int) -> Any:
+        assert split == "train"
+        return np.random.default_rng(0).integers(0, VOCAB_SIZE, (max_tokens // sequence_length, sequence_length))
+
+
+def prune(source: Path, out: Path, *, seed: int = 0, **options: Any) -> dict[str, Any]:
+    out.mkdir(exist_ok=True)
+    artifact = Artifact(source, "torch", "source", "key")
+    context = StageContext(out, out / "work", {"input": artifact}, RandomTokens(), seed, Target())  # type: ignore
+    stage = PruneGroups.model_validate({"tokens": 128, "sequence_length": 32, **options})
+    return {**stage.run(context)["result"]}
+
+
+_FRESH = """
+import json, sys
+import torch, transformers
+config = json.load(open(f"{sys.argv[1]}/config.json"))
+auto = transformers.AutoModel if config["model_type"].endswith("bert") else transformers.AutoModelForCausalLM
+model, report = auto.from_pretrained(sys.argv[1], output_loading_info=True, trust_remote_code="auto_map" in config)
+assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
+assert "compress" not in sys.modules
+with torch.no_grad():
+    result = model.eval()(torch.load(f"{sys.argv[1]}/../ids.pt"))
+torch.save(result.logits if "logits" in result else result.last_hidden_state, f"{sys.argv[1]}/../fresh.pt")
+"""
+
+
+@pytest.mark.parametrize("kind", KEEP)
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_it_loads_in_a_fresh_process_without_us_and_exports(
+    model_type: str, kind: str, pico: Pico, tmp_path: Path
+) -> None:
+    prune(pico(model_type), tmp_path / "out", keep=KEEP[kind], by="magnitude")
+    torch.save(IDS, tmp_path / "ids.pt")
+    subprocess.run([sys.executable, "-c", _FRESH, str(tmp_path / "out")], check=True, cwd=tmp_path)
+    ours = outputs(load_model(tmp_path / "out"))
+    torch.testing.assert_close(torch.load(tmp_path / "fresh.pt"), ours, rtol=1e-5, atol=1e-5)
+    export(tmp_path / "out", tmp_path / "onnx", fused=kind != "attention-heads")  # raises where logits differ
+
+
+@pytest.mark.parametrize("by", ["activation", "taylor", "magnitude", "random"])
+def test_what_is_written(by: str, pico: Pico, tmp_path: Path) -> None:
+    figures = prune(pico("llama"), tmp_path / "out", keep={"intermediate": 0.5, "hidden": 48}, by=by, multiple_of=16)
+    assert (figures["intermediate_size"], figures["hidden_size"]) == (48, 48)
+    model = load_model(tmp_path / "out")
+    assert figures["parameters"] == sum(parameter.numel() for parameter in model.parameters())
+    record = json.loads((tmp_path / "out" / "groups.json").read_text())
+    assert all(len(layer["intermediate"]) == 48 for layer in record["kept"]["layers"])
+    assert record["num_tokens"] == (128 if by in ("activation", "taylor") else 0)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["origin_channels"] == record["kept"]["hidden"]
+    assert config["origin_hidden_size"] == 64
+    assert (tmp_path / "out" / "groups.png").is_file()
+    assert ("seed" in record) == (by == "random")
+
+
+def test_pruned_twice_names_the_first_source(pico: Pico, tmp_path: Path) -> None:
+    prune(pico("llama"), tmp_path / "one", keep={"hidden": 48, "attention-heads": 2}, by="random")
+    prune(tmp_path / "one", tmp_path / "two", keep={"hidden": 32}, by="random", seed=1)
+    one, two = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("one", "two"))
+    kept = json.loads((tmp_path / "two" / "groups.json").read_text())["kept"]["hidden"]
+    assert two["origin_channels"] == [one["origin_channels"][index] for index in kept]
+    assert two["origin_hidden_size"] == 64
+    assert two["origin_heads"] == one["origin_heads"]
+    assert all(len(heads) == 2 for heads in two["origin_heads"])
+
+
+@pytest.mark.parametrize(("budget", "limit"), [({"params": 0.75}, 0.75), ({"size_mb": 0.6}, None)])
+def test_a_budget_is_met_and_hardly_undercut(
+    budget: dict[str, float], limit: float | None, pico: Pico, tmp_path: Path
+) -> None:
+    full = sum(parameter.numel() for parameter in load_model(pico("llama")).parameters())
+    options = {"cut": ["intermediate"], "by": "magnitude", "multiple_of": 4}
+    found = prune(pico("llama"), tmp_path / "out", **options, **budget)["parameters"]
+    allowed = limit * full if limit else budget["size_mb"] * 1e6 / 4
+    assert allowed - 4 * 4 * 3 * 64 <= found <= allowed
+
+
+def test_a_module_behind_the_backbone_is_narrowed_too(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    source = make_pico("bert", tmp_path / "source")
+    for name in ("1_Pooling", "2_Dense"):
+        (source / name).mkdir()
+    (source / "modules.json").write_text(json.dumps([{"path": ""}, {"path": "1_Pooling"}, {"path": "2_Dense"}]))
+    (source / "1_Pooling" / "config.json").write_text('{"word_embedding_dimension": 64}')
+    (source / "2_Dense" / "config.json").write_text('{"in_features": 64, "out_features": 8}')
+    dense = torch.randn(8, 64)
+    save_file({"linear.weight": dense, "linear.bias": torch.zeros(8)}, source / "2_Dense" / "model.safetensors")
+    prune(source, tmp_path / "out", keep={"hidden": 32, "attention-heads": 2}, by="random")
+    kept = json.loads((tmp_path / "out" / "groups.json").read_text())["kept"]["hidden"]
+    assert json.loads((tmp_path / "out" / "1_Pooling" / "config.json").read_text())["word_embedding_dimension"] == 32
+    assert json.loads((tmp_path / "out" / "2_Dense" / "config.json").read_text())["in_features"] == 32
+    assert torch.equal(load_file(tmp_path / "out" / "2_Dense" / "model.safetensors")["linear.weight"], dense[:, kept])
+
+
+SHAPES = {
+    "llama": shape_of({
+        "model_type": "llama", "num_hidden_layers": 30, "hidden_size": 576, "intermediate_size": 1536,
+        "num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True, "vocab_size": 49152,
+        "max_position_embeddings": 8192,
+    }),
+    "bert": shape_of({
+        "model_type": "bert", "num_hidden_layers": 6, "hidden_size": 384, "intermediate_size": 1536,
+        "num_attention_heads": 12, "vocab_size": 30522, "max_position_embeddings": 512,
+    }),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "where", "said"),
+    [
+        ("llama", {"keep": {"attention-heads": 5}}, "keep.attention-heads", "nearest: 3 or 6"),
+        ("llama", {"keep": {"attention-heads": 12}}, "keep.attention-heads", "choose 1 to 9"),
+        ("llama", {"keep": {"kv-groups": 2, "attention-heads": 8}}, "keep.attention-heads", "at most 6"),
+        ("llama", {"keep": {"kv-groups": 4}}, "keep.kv-groups", "choose 1 to 3"),
+        ("llama", {"keep": {"hidden": 512}}, "keep.hidden", "nearest: 504 or 513"),
+        ("llama", {"keep": {"intermediate": 1000}, "multiple_of": 64}, "keep.intermediate", "nearest: 960 or 1024"),
+        ("llama", {"keep": {"ssm-heads": 3}}, "keep.ssm-heads", "put convert-attention before it"),
+        ("llama", {"cut": ["intermediate"], "params": 30_000_000}, "params", "the closest is"),
+        ("llama", {"cut": ["intermediate"], "size_mb": 1.0}, "size_mb", "the closest is"),
+        ("bert", {"keep": {"intermediate": 0.5}, "by": "taylor"}, "by", "use activation"),
+        ("bert", {"keep": {"intermediate": 0.5}, "sequence_length": 1024}, "sequence_length", "at most 512"),
+        ("llama", {"keep": {"intermediate": 0.5}, "tokens": 100}, "tokens", "at least 256"),
+    ],
+)
+def test_what_check_refuses(family: str, options: dict[str, Any], where: str, said: str) -> None:
+    found = list(PruneGroups.model_validate(options).check(SHAPES[family]))
+    assert [problem.where for problem in found] == [where], found
+    assert said in str(found[0])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "give keep, or cut with one budget"),
+        ({"cut": ["hidden"]}, "give keep, or cut with one budget"),
+        ({"cut": ["hidden"], "params": 0.5, "size_mb": 3.0}, "give keep, or cut with one budget"),
+        ({"keep": {"hidden": 0.5}, "params": 0.5}, "remove params"),
+        ({"keep": {"neurons": 0.5}}, "neurons"),
+        ({"keep": {"hidden": 0}}, "hidden"),
+        ({"keep": {}}, "keep"),
+    ],
+)
+def test_options_that_contradict_each_other(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        PruneGroups.model_validate(options)
+
+
+@pytest.mark.parametrize(
+    ("family", "keep", "widths"),
+    [
+        ("llama", {"intermediate": 0.75}, (576, 1152, 9, 3)),
+        ("llama", {"intermediate": 0.7, "attention-heads": 0.67}, (576, 1088, 6, 3)),
+        ("llama", {"hidden": 0.75}, (432, 1536, 9, 3)),
+        ("llama", {"kv-groups": 2}, (576, 1536, 6, 2)),
+        ("bert", {"attention-heads": 8, "hidden": 0.67}, (256, 1536, 8, 8)),
+    ],
+)
+def test_shares_come_to_widths_that_the_model_can_have(
+    family: str, keep: dict[str, Any], widths: tuple[int, ...]
+) -> None:
+    stage = PruneGroups.model_validate({"keep": keep})
+    assert list(stage.check(SHAPES[family])) == []
+    shape = stage.shape(SHAPES[family])
+    found = shape.hidden_size, shape.intermediate_size, shape.num_attention_heads, shape.num_key_value_heads
+    assert found == widths
+    assert shape.head_dim == SHAPES[family].head_dim
