@@ -9,6 +9,7 @@ for the others. Imports only torch, transformers and its neighbours: a converted
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -44,6 +45,7 @@ from .cache import HybridCache
 from .cache_name import CACHE, one_cache
 from .mixer import Mixer
 from .spec import FULL, LINEAR, SLIDING
+from .widths import widths_fault, widths_of
 
 MASKS: dict[str, Any] = {FULL: create_causal_mask, SLIDING: create_sliding_window_causal_mask}
 
@@ -54,6 +56,7 @@ class HybridConfig(PreTrainedConfig):
     layer_types: list[str] | None = None
     mixers: list[dict[str, Any] | None] | None = None
     sliding_window: int | None = None
+    layer_widths: list[dict[str, int] | None] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         window = self.sliding_window  # Qwen's configs drop it where `use_sliding_window` is false
@@ -67,6 +70,17 @@ class HybridConfig(PreTrainedConfig):
             raise ValueError(f"mixers must name a mixer for each {LINEAR} of layer_types, and null for the others")
         if SLIDING in self.layer_types and not self.sliding_window:
             raise ValueError(f"layer_types has a {SLIDING}, but sliding_window is not set")
+        fault = widths_fault(self.layer_widths, self.num_hidden_layers, linear, True)
+        for layer in range(self.num_hidden_layers if self.layer_widths and not fault else 0):
+            own = widths_of(self, layer)
+            if own.num_attention_heads % own.num_key_value_heads:
+                numbers = f"{own.num_attention_heads} heads over {own.num_key_value_heads} key/value heads"
+                fault = f"layer_widths[{layer}]: {numbers} can't be shared out"
+        if fault:
+            raise ValueError(fault)
+
+    def validate_architecture(self) -> None:
+        """The heads need not divide hidden_size: they have a head_dim."""
 
 
 class Hybrid(PreTrainedModel):
@@ -96,6 +110,8 @@ class HybridBackbone(Hybrid):
     def __init__(self, config: HybridConfig) -> None:
         super().__init__(config)
         for index, (layer, spec) in enumerate(zip(self.layers, config.mixers or (), strict=True)):
+            if config.layer_widths and config.layer_widths[index]:
+                _resize(layer, config, index)
             if spec is not None:
                 layer.self_attn = Mixer(config, index)
 
@@ -142,6 +158,15 @@ class HybridBackbone(Hybrid):
             cache.num_tokens += x_BTD.shape[1]
         found: dict[str, Any] = {"last_hidden_state": self.norm(x_BTD), CACHE: cache}
         return BaseModelOutputWithPast(**found)
+
+
+def _resize(layer: Any, config: HybridConfig, index: int) -> None:
+    """Make the layer's attention and MLP anew with its own widths."""
+    own, narrow = widths_of(config, index), copy.copy(config)
+    narrow.num_attention_heads, narrow.num_key_value_heads = own.num_attention_heads, own.num_key_value_heads
+    narrow.intermediate_size, narrow.head_dim = own.intermediate_size, own.head_dim
+    layer.self_attn, layer.mlp = type(layer.self_attn)(narrow, index), type(layer.mlp)(narrow)
+    layer.self_attn.config = layer.mlp.config = config  # which may change later: how attention is computed, say
 
 
 def _check(attention_mask: Tensor | None, cache: object) -> None:

@@ -19,12 +19,16 @@ from transformers import (
     BertModel,
 )
 
+from .hybrid_gpt import one_head
 from .noncausal import NonCausalMixer
+from .widths import widths_fault, widths_of
 
 
 class HybridBertConfig(BertConfig):
     model_type = "hybrid_bert"
     mixers: list[dict[str, Any] | None] | None = None
+    head_dim: int | None = None
+    layer_widths: list[dict[str, int] | None] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
@@ -32,6 +36,9 @@ class HybridBertConfig(BertConfig):
             self.mixers = [None] * self.num_hidden_layers
         if len(self.mixers) != self.num_hidden_layers:
             raise ValueError(f"mixers has {len(self.mixers)} entries for {self.num_hidden_layers} layers")
+        mixed = [mixer is not None for mixer in self.mixers]
+        if fault := widths_fault(self.layer_widths, self.num_hidden_layers, mixed, False):
+            raise ValueError(fault)
         if self.is_decoder:
             raise ValueError("a BERT that is a decoder has no hybrid form: its mixers would see the tokens to come")
 
@@ -42,9 +49,11 @@ class HybridBertModel(BertModel):
     config_class = HybridBertConfig
 
     def __init__(self, config: HybridBertConfig, add_pooling_layer: bool = True) -> None:
-        super().__init__(config, add_pooling_layer)
+        with one_head(config):
+            super().__init__(config, add_pooling_layer)
         layer: Any
         for index, (layer, entry) in enumerate(zip(self.encoder.layer, config.mixers or (), strict=True)):
+            _resize(layer, config, index)
             if entry is not None:
                 layer.attention.self = NonCausalMixer(config, index)
         self.post_init()
@@ -61,11 +70,24 @@ class HybridBertModel(BertModel):
             module.reset_parameters()
 
 
+def _resize(layer: Any, config: HybridBertConfig, index: int) -> None:
+    """Give the layer, which was made with one head, its own widths."""
+    own, attention, hidden = widths_of(config, index), layer.attention.self, config.hidden_size
+    width = own.num_attention_heads * own.head_dim
+    attention.scaling, attention.all_head_size = own.head_dim**-0.5, width
+    attention.num_attention_heads, attention.attention_head_size = own.num_attention_heads, own.head_dim
+    attention.query, attention.key, attention.value = (nn.Linear(hidden, width) for _ in range(3))
+    layer.attention.output.dense = nn.Linear(own.num_attention_heads * own.v_head_dim, hidden)
+    layer.intermediate.dense = nn.Linear(hidden, own.intermediate_size)
+    layer.output.dense = nn.Linear(own.intermediate_size, hidden)
+
+
 class HybridBertForMaskedLM(BertForMaskedLM):
     config_class = HybridBertConfig
 
     def __init__(self, config: HybridBertConfig) -> None:
-        super().__init__(config)
+        with one_head(config):
+            super().__init__(config)
         self.bert = HybridBertModel(config, add_pooling_layer=False)
         self.post_init()
 
@@ -74,7 +96,8 @@ class HybridBertForSequenceClassification(BertForSequenceClassification):
     config_class = HybridBertConfig
 
     def __init__(self, config: HybridBertConfig) -> None:
-        super().__init__(config)
+        with one_head(config):
+            super().__init__(config)
         self.bert = HybridBertModel(config)
         self.post_init()
 
@@ -83,7 +106,8 @@ class HybridBertForTokenClassification(BertForTokenClassification):
     config_class = HybridBertConfig
 
     def __init__(self, config: HybridBertConfig) -> None:
-        super().__init__(config)
+        with one_head(config):
+            super().__init__(config)
         self.bert = HybridBertModel(config, add_pooling_layer=False)
         self.post_init()
 

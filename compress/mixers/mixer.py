@@ -17,6 +17,7 @@ from .conv import CausalConv, last_valid
 from .features import FeatureMap
 from .scan import chunked, step
 from .spec import EPSILON, MixerSpec
+from .widths import widths_of
 from .window import window_attention
 
 HORIZONS = (512.0, 16.0)
@@ -28,31 +29,31 @@ class Mixer(nn.Module):
 
     Its projections (and Qwen3's q/k norms) have the names, shapes and biases of the attention that it replaces; what is
     new starts as the identity where it can. H query and G key/value heads of size D; query head h reads key/value head
-    h // (H/G). Per sequence it keeps a float32 state (G, d_k, d_v) and, with a convolution, the last inputs of it
-    ((H + 2G)·D, kernel − 1), or, with a window, in the same place, its last keys and values (window, G, D + d_v): in
-    transformers' own linear-attention cache layer.
+    h // (H/G); a head's values may have another size, V (`v_head_dim`). Per sequence it keeps a float32 state
+    (G, d_k, d_v) and, with a convolution, the last inputs of it ((H + G)·D + G·V, kernel − 1), or, with a window, in
+    the same place, its last keys and values (window, G, D + d_v): in transformers' own linear-attention cache layer.
     """
 
     def __init__(self, config: PretrainedConfig, layer_idx: int) -> None:
         super().__init__()
         self.layer_idx = layer_idx
         self.spec = spec = MixerSpec(**config.mixers[layer_idx])
-        hidden, heads, groups = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
-        self.head_dim = head_dim = getattr(config, "head_dim", None) or hidden // heads
-        self.heads, self.groups = heads, groups
+        own, hidden = widths_of(config, layer_idx), config.hidden_size
+        self.heads, self.groups = heads, groups = own.num_attention_heads, own.num_key_value_heads
+        self.head_dim, self.v_head_dim = head_dim, v_head_dim = own.head_dim, own.v_head_dim
         family = config.model_type.removeprefix("hybrid_")
         biased = bool(getattr(config, "attention_bias", False))
         self.q_proj = nn.Linear(hidden, heads * head_dim, bias=biased or family == "qwen2")
         self.k_proj = nn.Linear(hidden, groups * head_dim, bias=biased or family == "qwen2")
-        self.v_proj = nn.Linear(hidden, groups * head_dim, bias=biased or family == "qwen2")
-        self.o_proj = nn.Linear(heads * head_dim, hidden, bias=biased and family != "qwen2")
+        self.v_proj = nn.Linear(hidden, groups * v_head_dim, bias=biased or family == "qwen2")
+        self.o_proj = nn.Linear(heads * v_head_dim, hidden, bias=biased and family != "qwen2")
         if family == "qwen3":
             self.q_norm = LlamaRMSNorm(head_dim, eps=config.rms_norm_eps)
             self.k_norm = LlamaRMSNorm(head_dim, eps=config.rms_norm_eps)
         self.feature_map_q = FeatureMap(spec.feature_map, heads, head_dim)
         self.feature_map_k = FeatureMap(spec.feature_map, groups, head_dim)
         if spec.conv_kernel:
-            self.conv = CausalConv((heads + 2 * groups) * head_dim, spec.conv_kernel)
+            self.conv = CausalConv((heads + groups) * head_dim + groups * v_head_dim, spec.conv_kernel)
         if spec.decay == "scalar":
             self.a_proj = nn.Linear(hidden, groups)
         if spec.decay == "dt":
@@ -65,7 +66,7 @@ class Mixer(nn.Module):
         if spec.window:
             self.w_proj = nn.Linear(hidden, heads)
         if not spec.normalised:
-            self.norm = LlamaRMSNorm(head_dim, eps=config.rms_norm_eps)
+            self.norm = LlamaRMSNorm(v_head_dim, eps=config.rms_norm_eps)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -137,21 +138,24 @@ class Mixer(nn.Module):
     def _project(
         self, x: Tensor, cache: Cache | None, valid_BT: Tensor | None, segment_start_BT: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """q (B, T, H, D), k and v (B, T, G, D): normed, zero at padding, convolved."""
-        q, k, v = (p(x).unflatten(2, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        """q (B, T, H, D), k (B, T, G, D) and v (B, T, G, V): normed, zero at padding, convolved."""
+        q, k = (p(x).unflatten(2, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj))
+        v = self.v_proj(x).unflatten(2, (-1, self.v_head_dim))
         if hasattr(self, "q_norm"):
             q, k = self.q_norm(q), self.k_norm(k)
         if not self.spec.conv_kernel:
             return q, k, v
-        qkv = torch.cat([q, k, v], 2).flatten(2)
+        qkv = torch.cat([q.flatten(2), k.flatten(2), v.flatten(2)], 2)
         if valid_BT is not None:
             qkv = qkv * valid_BT.unsqueeze(-1)
         past = self._cached(cache, "conv_states")
         qkv, state = self.conv(qkv, past, segment_start_BT, valid_BT)
         if cache is not None:
             cache.update_conv_state(state, self.layer_idx)
-        q, k, v = qkv.unflatten(2, (-1, self.head_dim)).split([self.heads, self.groups, self.groups], 2)
-        return q, k, v
+        qk_width = (self.heads + self.groups) * self.head_dim
+        qk, v = qkv.split([qk_width, qkv.shape[2] - qk_width], 2)
+        q, k = qk.unflatten(2, (-1, self.head_dim)).split([self.heads, self.groups], 2)
+        return q, k, v.unflatten(2, (-1, self.v_head_dim))
 
     def _look_near(
         self, q: Tensor, k: Tensor, v: Tensor, cache: Cache | None, valid_BT: Tensor | None,

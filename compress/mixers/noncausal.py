@@ -10,6 +10,7 @@ from transformers import PretrainedConfig
 
 from .features import FeatureMap
 from .spec import EPSILON, MixerSpec
+from .widths import widths_of
 
 
 class NonCausalMixer(nn.Module):
@@ -26,9 +27,10 @@ class NonCausalMixer(nn.Module):
         self.spec = spec = MixerSpec(**config.mixers[layer_idx])
         if spec.update_rule != "linear" or spec.conv_kernel or spec.gate or not spec.normalised:
             raise ValueError(f"layer {layer_idx}: an encoder's mixer is `linear`, not {spec.type!r}")
-        hidden, heads = config.hidden_size, config.num_attention_heads
-        self.head_dim = hidden // heads
-        self.query, self.key, self.value = (nn.Linear(hidden, hidden) for _ in range(3))
+        own, hidden = widths_of(config, layer_idx), config.hidden_size
+        heads, self.head_dim, self.v_head_dim = own.num_attention_heads, own.head_dim, own.v_head_dim
+        self.query, self.key = (nn.Linear(hidden, heads * self.head_dim) for _ in range(2))
+        self.value = nn.Linear(hidden, heads * self.v_head_dim)
         self.feature_map_q = FeatureMap(spec.feature_map, heads, self.head_dim)
         self.feature_map_k = FeatureMap(spec.feature_map, heads, self.head_dim)
 
@@ -44,12 +46,13 @@ class NonCausalMixer(nn.Module):
         padding_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
-        """(B, T, hidden) → (B, T, hidden), summed in float32; before the output projection, as `BertSelfAttention`.
+        """(B, T, hidden) → (B, T, heads·V), summed in float32; before the output projection, as `BertSelfAttention`.
 
         padding_mask (B, T): zero where a token is padding, on either side. attention_mask, which says the same in the
         shape that softmax wants, and other keywords are ignored.
         """
-        q, k, v = (p(hidden_states).unflatten(2, (-1, self.head_dim)) for p in (self.query, self.key, self.value))
+        q, k = (p(hidden_states).unflatten(2, (-1, self.head_dim)) for p in (self.query, self.key))
+        v = self.value(hidden_states).unflatten(2, (-1, self.v_head_dim))
         q_BTHK, k_BTHK, v_BTHD = self.feature_map_q(q), self.feature_map_k(k), v.float()
         if padding_mask is not None:
             k_BTHK = k_BTHK * padding_mask[:, :, None, None]

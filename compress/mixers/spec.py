@@ -53,19 +53,19 @@ class MixerSpec:
         """d_k: rows of the state of one head."""
         return 2 * head_dim if self.feature_map == "hedgehog" else head_dim
 
-    def value_dim(self, head_dim: int) -> int:
+    def value_dim(self, v_head_dim: int) -> int:
         """d_v: columns of the state of one head; the normaliser is the last one."""
-        return head_dim + 1 if self.normalised else head_dim
+        return v_head_dim + 1 if self.normalised else v_head_dim
 
-    def window_dim(self, num_key_value_heads: int, head_dim: int) -> int:
+    def window_dim(self, num_key_value_heads: int, head_dim: int, v_head_dim: int) -> int:
         """Numbers that the window keeps of a token: keys, and values with the normaliser's column."""
-        return num_key_value_heads * (head_dim + self.value_dim(head_dim))
+        return num_key_value_heads * (head_dim + self.value_dim(v_head_dim))
 
-    def state_bytes(self, num_heads: int, num_key_value_heads: int, head_dim: int) -> int:
+    def state_bytes(self, num_heads: int, num_key_value_heads: int, head_dim: int, v_head_dim: int) -> int:
         """Bytes that one sequence keeps in this layer, in float32, whatever its length."""
-        recurrent = num_key_value_heads * self.key_dim(head_dim) * self.value_dim(head_dim)
-        inputs = (num_heads + 2 * num_key_value_heads) * head_dim * max(0, self.conv_kernel - 1)
-        return 4 * (recurrent + inputs + self.window * self.window_dim(num_key_value_heads, head_dim))
+        recurrent = num_key_value_heads * self.key_dim(head_dim) * self.value_dim(v_head_dim)
+        inputs = _channels(num_heads, num_key_value_heads, head_dim, v_head_dim) * max(0, self.conv_kernel - 1)
+        return 4 * (recurrent + inputs + self.window * self.window_dim(num_key_value_heads, head_dim, v_head_dim))
 
     def rates(self, num_heads: int, num_key_value_heads: int) -> dict[str, int]:
         """What is projected from the hidden states beside q, k and v: numbers a token, by the projection's name."""
@@ -78,17 +78,24 @@ class MixerSpec:
         }
         return {leaf: number for leaf, number in numbers.items() if number}
 
-    def num_parameters(self, hidden_size: int, num_heads: int, num_key_value_heads: int, head_dim: int) -> int:
+    def num_parameters(
+        self, hidden_size: int, num_heads: int, num_key_value_heads: int, head_dim: int, v_head_dim: int
+    ) -> int:
         """Parameters beyond those of the attention that it replaces."""
         h, g, d = num_heads, num_key_value_heads, head_dim
         maps = (h + g) * d * d if self.feature_map == "hedgehog" else 0
-        conv = (h + 2 * g) * d * self.conv_kernel
+        conv = _channels(h, g, d, v_head_dim) * self.conv_kernel
         rates = sum(self.rates(h, g).values()) * (hidden_size + 1) + g * (self.decay == "dt")
-        return maps + conv + rates + (0 if self.normalised else d)
+        return maps + conv + rates + (0 if self.normalised else v_head_dim)
 
     def to_json(self) -> dict[str, Any]:
         """The entry of `config.json`."""
         return asdict(self)
+
+
+def _channels(num_heads: int, num_key_value_heads: int, head_dim: int, v_head_dim: int) -> int:
+    """Channels of [q; k; v]."""
+    return (num_heads + num_key_value_heads) * head_dim + num_key_value_heads * v_head_dim
 
 
 SPECS: Mapping[MixerType, MixerSpec] = {

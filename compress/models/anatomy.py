@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from compress.errors import InvalidInput
 from compress.mixers.spec import MixerSpec, read_specs
+from compress.mixers.widths import LayerWidths, widths_fault, with_entry
 
 HYBRID = "hybrid_"
 """What the `model_type` of a converted model starts with; the rest is that of the model that was converted."""
@@ -64,7 +65,8 @@ class Family:
 
     residual: `pre` x+attn(norm(x)) then x+mlp(norm(x)); `parallel` x+attn(norm1(x))+mlp(norm2(x));
     `post` norm(x+attn(x)) then norm(x+mlp(x)). In `post` the two norms are those after each block.
-    `hybrids`: the model types whose layers may have mixers in place of their attention.
+    `hybrids`: our own model types of it, whose layers may differ in width; `takes_mixers`: or have mixers in place of
+    their attention.
     `conv1d`: the projections are `transformers.pytorch_utils.Conv1D`, whose weights are (in, out).
     `tied_heads`: `config.json` has no `head_dim`: a head is hidden_size / num_attention_heads wide.
     `keys`: where `config.json` has another word for Hugging Face's common key.
@@ -89,6 +91,7 @@ class Family:
     embedding_norm: str = ""
     lm_head: str = ""
     hybrids: tuple[str, ...] = ()
+    takes_mixers: bool = False
     conv1d: bool = False
     tied_heads: bool = False
     keys: Mapping[str, str] = field(default_factory=dict)
@@ -117,6 +120,7 @@ LLAMA = Family(
     final_norm="norm",
     lm_head="lm_head",
     hybrids=("hybrid_llama", "hybrid_mistral", "hybrid_qwen2", "hybrid_qwen3"),
+    takes_mixers=True,
     keys={"norm_eps": "rms_norm_eps"},
 )
 
@@ -136,8 +140,9 @@ GPT_NEOX = Family(
     position="rotary",
     final_norm="final_layer_norm",
     lm_head="lm_head",
-    keys={"norm_eps": "layer_norm_eps"},
+    hybrids=("hybrid_gpt_neox",),
     tied_heads=True,
+    keys={"norm_eps": "layer_norm_eps"},
 )
 
 GPT2 = Family(
@@ -157,6 +162,7 @@ GPT2 = Family(
     position="learned",
     final_norm="ln_f",
     lm_head="lm_head",
+    hybrids=("hybrid_gpt2",),
     conv1d=True,
     tied_heads=True,
     keys={
@@ -188,6 +194,7 @@ BERT = Family(
     residual="post",
     position="learned",
     hybrids=("hybrid_bert",),
+    takes_mixers=True,
     tied_heads=True,
     keys={"norm_eps": "layer_norm_eps"},
 )
@@ -200,7 +207,9 @@ class ModelShape:
     """What a `config.json` says of a model's size, in Hugging Face's words whatever its family.
 
     mixers: one entry a layer, None where its attention is softmax; empty for a model that was never converted.
-    layer_types: `full_attention`, `sliding_attention` or `linear_attention` for each layer, where the file has it.
+    layer_widths: one entry a layer where they differ: `of_layer` has them in place; the numbers here are the config's.
+    own_v_head_dim: lanes of a head's values, where they are not head_dim. layer_types: `full_attention`,
+    `sliding_attention` or `linear_attention` for each layer, where the file has it.
     layers_guessed: of those two only the numbers are known yet, not which layers. attention_features: what the softmax
     attention has that no mixer can carry over, in the words of `config.json`. has_head: it has outputs beyond its last
     hidden states.
@@ -219,16 +228,23 @@ class ModelShape:
     tie_word_embeddings: bool
     residual: Literal["pre", "parallel", "post"]
     mixers: tuple[MixerSpec | None, ...] = ()
+    layer_widths: tuple[LayerWidths, ...] = ()
+    own_v_head_dim: int | None = None
     layer_types: tuple[str, ...] = ()
     layers_guessed: bool = False
     attention_features: tuple[str, ...] = ()
     has_head: bool = True
 
     @property
+    def v_head_dim(self) -> int:
+        """Lanes of a head's values."""
+        return self.head_dim if self.own_v_head_dim is None else self.own_v_head_dim
+
+    @property
     def num_layer_parameters(self) -> int:
         """Parameters of the matrices of one layer (norms, biases and what a mixer adds, under 1 %, left out)."""
-        q_out, kv_out = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
-        attention = self.hidden_size * (2 * q_out + 2 * kv_out)
+        heads, groups = self.num_attention_heads, self.num_key_value_heads
+        attention = self.hidden_size * (heads + groups) * (self.head_dim + self.v_head_dim)
         return attention + (3 if self.family.mlp.gate else 2) * self.hidden_size * self.intermediate_size
 
     @property
@@ -241,20 +257,38 @@ class ModelShape:
     @property
     def num_mixer_parameters(self) -> int:
         """Parameters that the mixers of all layers have beyond the attention that they replace."""
-        sizes = self.hidden_size, self.num_attention_heads, self.num_key_value_heads, self.head_dim
-        return sum(spec.num_parameters(*sizes) for spec in self.mixers if spec is not None)
+        layers = ((self.of_layer(layer), spec) for layer, spec in enumerate(self.mixers) if spec is not None)
+        return sum(
+            spec.num_parameters(
+                own.hidden_size, own.num_attention_heads, own.num_key_value_heads, own.head_dim, own.v_head_dim
+            )
+            for own, spec in layers
+        )
 
     @property
     def num_parameters(self) -> int:
         """Estimated parameters of the whole model."""
-        layers = self.num_hidden_layers * self.num_layer_parameters + self.num_mixer_parameters
-        return layers + self.num_embedding_parameters
+        layers = sum(self.of_layer(layer).num_layer_parameters for layer in range(self.num_hidden_layers))
+        return layers + self.num_mixer_parameters + self.num_embedding_parameters
+
+    def of_layer(self, layer: int) -> ModelShape:
+        """The same with the widths of one layer."""
+        if not self.layer_widths:
+            return self
+        own = self.layer_widths[layer]
+        return replace(
+            self, num_attention_heads=own.num_attention_heads, num_key_value_heads=own.num_key_value_heads,
+            intermediate_size=own.intermediate_size, own_v_head_dim=own.v_head_dim, layer_widths=(),
+        )  # fmt: skip
 
     def of_layers(self, kept: Sequence[int]) -> ModelShape:
         """The same model with only the layers `kept`."""
         mixers = tuple(self.mixers[index] for index in kept) if self.mixers else ()
         layer_types = tuple(self.layer_types[index] for index in kept) if self.layer_types else ()
-        return replace(self, num_hidden_layers=len(kept), mixers=mixers, layer_types=layer_types)
+        widths = tuple(self.layer_widths[index] for index in kept) if self.layer_widths else ()
+        return replace(
+            self, num_hidden_layers=len(kept), mixers=mixers, layer_types=layer_types, layer_widths=widths
+        )
 
 
 def family_of(model_type: str, where: str = "model") -> Family:
@@ -281,7 +315,7 @@ def shape_of(config: Mapping[str, Any], where: str = "model") -> ModelShape:
         return value
 
     hidden_size, num_heads = number("hidden_size"), number("num_attention_heads")
-    return ModelShape(
+    shape = ModelShape(
         family=family,
         model_type=model_type,
         num_hidden_layers=number("num_hidden_layers"),
@@ -299,10 +333,20 @@ def shape_of(config: Mapping[str, Any], where: str = "model") -> ModelShape:
         attention_features=tuple(_attention_features(config)),
         has_head=str((config.get("architectures") or [""])[0]).endswith(HEADS),
     )
+    return replace(shape, layer_widths=_layer_widths(config, shape, where))
+
+
+def _layer_widths(config: Mapping[str, Any], shape: ModelShape, where: str) -> tuple[LayerWidths, ...]:
+    entries = config.get("layer_widths") if shape.model_type.startswith(HYBRID) else None
+    mixed = [spec is not None for spec in shape.mixers or (None,) * shape.num_hidden_layers]
+    grouped = not shape.family.tied_heads
+    if fault := widths_fault(entries, shape.num_hidden_layers, mixed, grouped):
+        raise InvalidInput(where, f"config.json: {fault}", "was it written by another version?")
+    return tuple(with_entry(shape, entry, grouped) for entry in entries or ())
 
 
 def _mixers(config: Mapping[str, Any], num_layers: int, where: str) -> tuple[MixerSpec | None, ...]:
-    if not str(config["model_type"]).startswith(HYBRID):
+    if not str(config["model_type"]).startswith(HYBRID) or "mixers" not in config:
         return ()
     try:
         mixers = read_specs(config)

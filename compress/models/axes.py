@@ -53,10 +53,10 @@ def sizes_of(shape: ModelShape, layer: int | None) -> dict[Dimension, int]:
     """How many there are of each dimension in a layer; outside of one, of the residual stream alone."""
     if layer is None:
         return {"hidden": shape.hidden_size}
-    own = shape
+    own = shape.of_layer(layer)
     return {
         "hidden": own.hidden_size, "intermediate": own.intermediate_size, "heads": own.num_attention_heads,
-        "groups": own.num_key_value_heads, "lanes": own.head_dim, "value_lanes": own.head_dim,
+        "groups": own.num_key_value_heads, "lanes": own.head_dim, "value_lanes": own.v_head_dim,
     }  # fmt: skip
 
 

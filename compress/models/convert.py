@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -11,10 +11,11 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from compress.errors import InvalidInput
-from compress.mixers import hybrid, hybrid_bert
+from compress.mixers import hybrid, hybrid_bert, hybrid_gpt
 from compress.mixers.mixer import Mixer
 from compress.mixers.noncausal import NonCausalMixer
 from compress.mixers.spec import FULL, LINEAR, SLIDING, MixerSpec
+from compress.models.anatomy import family_of
 from compress.models.pretrained import with_weights
 
 PREFIX = "Hybrid"
@@ -33,11 +34,9 @@ def to_hybrid(
     there is a mixer, elsewhere what the layer is in `model`. sliding_window: by default the model's own. What a mixer
     has and the layer had not starts as the mixer's class says. Raises InvalidInput for any other model.
     """
-    classes = {cls.__name__: cls for module in (hybrid, hybrid_bert) for cls in module.AUTO_CLASSES}
-    hybrid_class: Any = classes.get(PREFIX + type(model).__name__.removeprefix(PREFIX))
-    if hybrid_class is None:
-        known = ", ".join(name.removeprefix(PREFIX) for name in classes)
-        raise InvalidInput("model", f"{type(model).__name__} has no hybrid form", f"these have: {known}")
+    hybrid_class = _hybrid_class(model)
+    if not family_of(model.config.model_type).takes_mixers:
+        raise InvalidInput("model", f"{type(model).__name__} has no layers with mixers", "convert a llama or bert")
     config_class = hybrid_class.config_class
     keys = model.config.to_dict() | {
         "model_type": config_class.model_type,
@@ -54,6 +53,16 @@ def to_hybrid(
     if converted.can_generate():
         converted.generation_config = copy.deepcopy(model.generation_config)
     return cast(PreTrainedModel, converted.to(model.device).eval())
+
+
+def _hybrid_class(model: PreTrainedModel) -> Any:
+    """Our own class of a model's family and head. Raises InvalidInput where there is none."""
+    classes = {cls.__name__: cls for module in (hybrid, hybrid_bert, hybrid_gpt) for cls in module.AUTO_CLASSES}
+    found = classes.get(PREFIX + type(model).__name__.removeprefix(PREFIX))
+    if found is None:
+        known = ", ".join(name.removeprefix(PREFIX) for name in classes)
+        raise InvalidInput("model", f"{type(model).__name__} has no hybrid form", f"these have: {known}")
+    return found
 
 
 def _weights(model: PreTrainedModel, hybrid_class: Any, config: PreTrainedConfig) -> dict[str, Tensor]:
@@ -78,12 +87,27 @@ def _layer_types(config: PreTrainedConfig, mixers: Sequence[MixerSpec | None]) -
 
 
 def narrowed(
-    model: PreTrainedModel, changes: Any, weights: Any, layer_widths: Any = None
-) -> PreTrainedModel:
-    config = type(model.config).from_dict(model.config.to_dict() | dict(changes))
+    model: PreTrainedModel, changes: Mapping[str, Any], weights: Mapping[str, Tensor],
+    layer_widths: Sequence[Mapping[str, int]] | None = None,
+) -> PreTrainedModel:  # fmt: skip
+    """A model of other widths with `weights`, in eval mode, whose config is `model`'s but for `changes`.
+
+    It is of the same class where the config can say the widths; else, where layers differ (`layer_widths`) or a head's
+    size is no longer hidden_size / num_attention_heads in a family that ties them, of our own.
+    """
+    config = model.config.to_dict() | dict(changes)
+    model_class: Any = type(model)
+    tied = family_of(str(config["model_type"])).tied_heads
+    if layer_widths is not None or (tied and "head_dim" in changes):
+        model_class = _hybrid_class(model)
+        config |= {"model_type": model_class.config_class.model_type, "layer_widths": layer_widths}
+        if "sliding_window" in config and not config.get("layer_types"):
+            config["layer_types"] = _layer_types(model.config, [None] * model.config.num_hidden_layers)
+    config.pop("auto_map", None)
     smaller = with_weights(
-        type(model), config, weights, dtype=model.dtype, attn_implementation=model.config._attn_implementation
-    )
+        model_class, model_class.config_class.from_dict(config), weights, dtype=model.dtype,
+        attn_implementation=model.config._attn_implementation,
+    )  # fmt: skip
     if smaller.can_generate():
         smaller.generation_config = copy.deepcopy(model.generation_config)
     return cast(PreTrainedModel, smaller.eval())

@@ -120,9 +120,9 @@ def know_classes(config: Mapping[str, Any]) -> None:
         return
     import transformers
 
-    from compress.mixers import hybrid, hybrid_bert
+    from compress.mixers import hybrid, hybrid_bert, hybrid_gpt
 
-    for module in (hybrid, hybrid_bert):
+    for module in (hybrid, hybrid_bert, hybrid_gpt):
         for model_class, auto in module.AUTO_CLASSES.items():
             config_class: Any = model_class.config_class
             transformers.AutoConfig.register(config_class.model_type, config_class, exist_ok=True)

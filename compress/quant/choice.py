@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Literal, Protocol
 
+from compress.mixers.spec import MixerSpec
 from compress.models.anatomy import ModelShape
 from compress.quant.schemes import Role, Scheme
 
@@ -50,15 +51,19 @@ def matches(path: str, pattern: str) -> bool:
 
 def projections(model: ModelShape) -> Iterator[tuple[str, int, int]]:
     """(path, outputs N, inputs K) of every projection of a whole model."""
-    attention, mlp, hidden = model.family.attention, model.family.mlp, model.hidden_size
-    query, key = model.num_attention_heads * model.head_dim, model.num_key_value_heads * model.head_dim
-    inputs = {attention.q: query, attention.k: key, attention.v: key, attention.qkv: query + 2 * key}
-    sizes = {f"{attention.path}.{leaf}": (size, hidden) for leaf, size in inputs.items() if leaf}
-    sizes |= {f"{attention.path}.{attention.out}": (hidden, query)}
-    sizes |= {path: (model.intermediate_size, hidden) for path in (mlp.gate, mlp.up) if path}
-    sizes |= {mlp.down: (hidden, model.intermediate_size)}
-    for index, spec in enumerate(model.mixers or (None,) * model.num_hidden_layers):
-        rates = spec.rates(model.num_attention_heads, model.num_key_value_heads) if spec else {}
-        own = {f"{attention.path}.{leaf}": (number, hidden) for leaf, number in rates.items()}
-        for path, (n, k) in (sizes | own).items():
+    for index in range(model.num_hidden_layers):
+        for path, (n, k) in _of_layer(model.of_layer(index), model.mixers[index] if model.mixers else None).items():
             yield f"{model.family.backbone}.{model.family.layers}.{index}.{path}", n, k
+
+
+def _of_layer(own: ModelShape, spec: MixerSpec | None) -> dict[str, tuple[int, int]]:
+    """(outputs, inputs) of each projection of a layer of this shape, by its path there."""
+    attention, mlp, hidden = own.family.attention, own.family.mlp, own.hidden_size
+    heads, groups = own.num_attention_heads, own.num_key_value_heads
+    query, key, value = heads * own.head_dim, groups * own.head_dim, groups * own.v_head_dim
+    inputs = {attention.q: query, attention.k: key, attention.v: value, attention.qkv: query + key + value}
+    inputs |= spec.rates(heads, groups) if spec else {}
+    sizes = {f"{attention.path}.{leaf}": (size, hidden) for leaf, size in inputs.items() if leaf}
+    sizes |= {f"{attention.path}.{attention.out}": (hidden, heads * own.v_head_dim)}
+    sizes |= {path: (own.intermediate_size, hidden) for path in (mlp.gate, mlp.up) if path}
+    return sizes | {mlp.down: (hidden, own.intermediate_size)}

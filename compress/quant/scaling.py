@@ -15,6 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from compress.models.anatomy import ModelShape
 from compress.models.parts import Parts
 from compress.quant.calibrate import Watcher
 from compress.quant.modules import set_weight, weight_of
@@ -80,9 +81,10 @@ def folds(parts: Parts, index: int) -> Iterator[Fold]:
                 yield Fold(layer.get_submodule(norm), every_K, tuple(map(layer.get_submodule, paths)))
     if softmax:
         values = layer.get_submodule(f"{attention.path}.{attention.v or attention.qkv}")
-        yield Fold(values, _value_rows(parts), (layer.get_submodule(f"{attention.path}.{attention.out}"),))
+        out = layer.get_submodule(f"{attention.path}.{attention.out}")
+        yield Fold(values, _value_rows(parts.shape.of_layer(index)), (out,))
     if mlp.gate:
-        every_I = torch.arange(parts.shape.intermediate_size)
+        every_I = torch.arange(parts.shape.of_layer(index).intermediate_size)
         yield Fold(layer.get_submodule(mlp.up), every_I, (layer.get_submodule(mlp.down),))
 
 
@@ -101,9 +103,9 @@ def _is_softmax(parts: Parts, index: int) -> bool:
     return not mixers or mixers[index] is None
 
 
-def _value_rows(parts: Parts) -> Tensor:
-    """The row of the value projection, or of the fused one, that each input channel of the output projection is."""
-    shape, attention = parts.shape, parts.family.attention
+def _value_rows(shape: ModelShape) -> Tensor:
+    """The row of the value projection, or of the fused one, that each input channel of a layer's output one is."""
+    attention = shape.family.attention
     heads = torch.arange(shape.num_attention_heads)[:, None] // (shape.num_attention_heads // shape.num_key_value_heads)
     within = torch.arange(shape.head_dim)
     if attention.qkv_layout == "per_head":

@@ -15,6 +15,7 @@ from compress.errors import StageFailed
 from compress.exports.onnx.blocks import Blocks
 from compress.exports.onnx.graph import Attribute
 from compress.exports.onnx.weights import CacheScales, Model
+from compress.models.anatomy import ModelShape
 
 QUANTISED_CACHE: Mapping[str, Attribute] = {
     "k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8,
@@ -75,10 +76,10 @@ def project(
         model.layer(layer, f"{anatomy.path}.{leaf}") if leaf else "" for leaf in (anatomy.q_norm, anatomy.k_norm)
     )
     has_norms = bool(q_norm) and model.has(q_norm)
-    shape, graph = model.shape, blocks.graph
+    shape, graph = model.shape.of_layer(layer), blocks.graph
     if anatomy.qkv or (not has_norms and blocks.can_stack(*paths)):
         path = model.layer(layer, f"{anatomy.path}.{anatomy.qkv or 'qkv_proj'}")
-        rows = _rows(model, lanes_D)
+        rows = _rows(shape, lanes_D)
         qkv = blocks.linear(x, *(paths or [path]), name=path, rows=rows)
         if packed:
             return (qkv,)
@@ -95,7 +96,7 @@ def project(
 
 def fused_attention(blocks: Blocks, x: str, layer: int, inputs: FusedInputs) -> tuple[str, str, str]:
     """(attention `(B, T, H·D)`, keys, values `(B, G, S, D)`) by `GroupQueryAttention`."""
-    shape = blocks.model.shape
+    shape = blocks.model.shape.of_layer(layer)
     q, k, v = (*project(blocks, x, layer, packed=True, lanes_D=inputs.lanes_D), "", "")[:3]
     attributes: dict[str, Attribute] = {
         "num_heads": shape.num_attention_heads, "kv_num_heads": shape.num_key_value_heads,
@@ -124,7 +125,7 @@ def _cache_scales(blocks: Blocks, layer: int, scales: CacheScales, lanes_D: NDAr
 
 def plain_attention(blocks: Blocks, x: str, layer: int, inputs: PlainInputs) -> tuple[str, str, str]:
     """The same by standard operators, right for left-padded rows."""
-    graph, shape = blocks.graph, blocks.model.shape
+    graph, shape = blocks.graph, blocks.model.shape.of_layer(layer)
     num_heads, num_kv = shape.num_attention_heads, shape.num_key_value_heads
     q, k, v = project(blocks, x, layer, packed=False)
     q, k, v = (split_heads(blocks, value, n) for value, n in ((q, num_heads), (k, num_kv), (v, num_kv)))
@@ -132,7 +133,7 @@ def plain_attention(blocks: Blocks, x: str, layer: int, inputs: PlainInputs) -> 
         q, k = (rotate(blocks, value, inputs) for value in (q, k))
     keys = graph.op("Concat", f"past_key_values.{layer}.key", k, axis=2)
     values = graph.op("Concat", f"past_key_values.{layer}.value", v, axis=2)
-    wide_keys, wide_values = (_repeat_heads(blocks, value) for value in (keys, values))
+    wide_keys, wide_values = (_repeat_heads(blocks, value, shape) for value in (keys, values))
     bias = inputs.bias_B1TS[window(blocks.model, layer)]
     out = attend(blocks, q, wide_keys, wide_values, bias, scale(blocks.model, layer))
     return out, keys, values
@@ -147,16 +148,15 @@ def attend(blocks: Blocks, q_BHTD: str, k_BHSD: str, v_BHSD: str, bias: str, fac
     return graph.op("Reshape", graph.op("Transpose", mixed, perm=(0, 2, 1, 3)), graph.ints(0, 0, -1))
 
 
-def split_heads(blocks: Blocks, x: str, num_heads: int) -> str:
-    """`(B, T, heads·D)` → `(B, heads, T, D)`."""
+def split_heads(blocks: Blocks, x: str, num_heads: int, head_dim: int = 0) -> str:
+    """`(B, T, heads·D)` → `(B, heads, T, D)`; D is the model's head_dim where it is not given."""
     graph = blocks.graph
-    shaped = graph.op("Reshape", x, graph.ints(0, 0, num_heads, blocks.model.shape.head_dim))
+    shaped = graph.op("Reshape", x, graph.ints(0, 0, num_heads, head_dim or blocks.model.shape.head_dim))
     return graph.op("Transpose", shaped, perm=(0, 2, 1, 3))
 
 
-def _rows(model: Model, lanes_D: NDArray[np.int64] | None) -> NDArray[np.int64] | None:
+def _rows(shape: ModelShape, lanes_D: NDArray[np.int64] | None) -> NDArray[np.int64] | None:
     """Which stored row is each row of [q; k; v], with the lanes of each head of q and k in the order `lanes_D`."""
-    shape = model.shape
     num_heads, num_kv, head_dim = shape.num_attention_heads, shape.num_key_value_heads, shape.head_dim
     rows_XD = np.arange((num_heads + 2 * num_kv) * head_dim).reshape(-1, head_dim)
     if shape.family.attention.qkv_layout == "per_head":
@@ -187,8 +187,8 @@ def rotate(blocks: Blocks, x: str, inputs: PlainInputs) -> str:
     return graph.op("Concat", rotated, *rest, axis=-1) if rest else rotated
 
 
-def _repeat_heads(blocks: Blocks, x_BGSD: str) -> str:
-    shape, graph = blocks.model.shape, blocks.graph
+def _repeat_heads(blocks: Blocks, x_BGSD: str, shape: ModelShape) -> str:
+    graph = blocks.graph
     times = shape.num_attention_heads // shape.num_key_value_heads
     if times == 1:
         return x_BGSD

@@ -56,9 +56,10 @@ def build_decoder(blocks: Blocks, *, native: bool = True) -> None:
 def _cache(blocks: Blocks, layer: int, length: str) -> dict[str, list[Dimension]]:
     """What a layer keeps, by name, with its shape; keys and values of `length` tokens."""
     model = blocks.model
-    if spec := model.mixers[layer]:
-        return {name: [BATCH, *sizes] for name, sizes in state_shapes(model, spec, keep_both=blocks.fused).items()}
-    dimensions: list[Dimension] = [BATCH, model.shape.num_key_value_heads, length, model.shape.head_dim]
+    if model.mixers[layer]:
+        return {name: [BATCH, *sizes] for name, sizes in state_shapes(model, layer, keep_both=blocks.fused).items()}
+    own = model.shape.of_layer(layer)
+    dimensions: list[Dimension] = [BATCH, own.num_key_value_heads, length, own.head_dim]
     return {"key": dimensions, "value": dimensions}
 
 

@@ -107,7 +107,7 @@ def _attention(blocks: Blocks, x: str, layer: int, masks: _Masks) -> str:
 
 
 def _softmax_attention(blocks: Blocks, x: str, layer: int, mask: str) -> str:
-    num_heads, factor = blocks.model.shape.num_attention_heads, scale(blocks.model, layer)
+    num_heads, factor = blocks.model.shape.of_layer(layer).num_attention_heads, scale(blocks.model, layer)
     q, k, v = project(blocks, x, layer, packed=False)
     if blocks.fused:
         options = {"num_heads": num_heads, "scale": factor, "mask_filter_value": -1e9}

@@ -19,10 +19,9 @@ Rotary = tuple[str, str, str] | PlainInputs
 `(B, T, 1, rotary_dim)`."""
 
 
-def rotated(blocks: Blocks, qk: str, rotary: Rotary) -> str:
-    """[q; k] `(B, T, N·D)` turned by their positions."""
+def rotated(blocks: Blocks, qk: str, num_heads: int, rotary: Rotary) -> str:
+    """[q; k] `(B, T, N·D)` of N heads turned by their positions."""
     graph, shape = blocks.graph, blocks.model.shape
-    num_heads = shape.num_attention_heads + shape.num_key_value_heads
     if isinstance(rotary, PlainInputs):
         heads_BTND = graph.op("Reshape", qk, graph.ints(0, 0, num_heads, shape.head_dim))
         return graph.op("Reshape", rotate(blocks, heads_BTND, rotary), graph.ints(0, 0, -1))
@@ -32,11 +31,10 @@ def rotated(blocks: Blocks, qk: str, rotary: Rotary) -> str:
     return graph.fused("RotaryEmbedding", qk, *rotary, num_heads=num_heads, interleaved=0, **partly)
 
 
-def features(blocks: Blocks, qk: str, kind: FeatureMap, path: str, packed: str) -> str:
+def features(blocks: Blocks, qk: str, num_heads: int, kind: FeatureMap, path: str, packed: str) -> str:
     """Rotated [q; k] `(B, T, N·D)` → `(B, T, N·K)`. path: of the mixer, with its dot. packed: int64 [B, T, −1]."""
-    graph, shape = blocks.graph, blocks.model.shape
-    num_heads = shape.num_attention_heads + shape.num_key_value_heads
-    heads_XND = graph.op("Reshape", qk, graph.ints(-1, num_heads, shape.head_dim))
+    graph = blocks.graph
+    heads_XND = graph.op("Reshape", qk, graph.ints(-1, num_heads, blocks.model.shape.head_dim))
     return graph.op("Reshape", _map(blocks, heads_XND, kind, path), packed)
 
 

@@ -64,12 +64,17 @@ def _has_native_mixers(context: StageContext, model: Model) -> bool:
 
 
 def _fits_genai(context: StageContext, model: Model) -> bool:
-    """Whether onnxruntime-genai can run it: it takes one shape of states for all linear layers."""
-    shapes = {tuple(state_shapes(model, spec, keep_both=True).values()) for spec in model.mixers if spec}
+    """Whether onnxruntime-genai can run it: it takes one shape of states for all linear layers, one of all caches."""
+    linear = [layer for layer, spec in enumerate(model.mixers) if spec]
+    shapes = {tuple(state_shapes(model, layer, keep_both=True).values()) for layer in linear}
+    softmax = [layer for layer, spec in enumerate(model.mixers) if not spec]
+    groups = {model.shape.of_layer(layer).num_key_value_heads for layer in softmax}
+    without = "which onnxruntime-genai can't: no genai_config.json is written"
     if len(shapes) > 1:
-        what = "its mixers keep states of %d shapes, which onnxruntime-genai can't: no genai_config.json is written"
-        context.reporter.log.warning(what, len(shapes))
-    return len(shapes) <= 1
+        context.reporter.log.warning("its mixers keep states of %d shapes, %s", len(shapes), without)
+    if len(groups) > 1:
+        context.reporter.log.warning("its layers have %s key/value heads, %s", sorted(groups), without)
+    return len(shapes) <= 1 and len(groups) <= 1
 
 
 def _generation(context: StageContext) -> dict[str, Any]:

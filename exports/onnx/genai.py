@@ -15,7 +15,8 @@ _OWN_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 
 def genai_config(model: Model, generation: Mapping[str, Any], threads: int) -> dict[str, Any]:
     """The config of a fused decoder. generation: the model's `generation_config.json`, whose token ids win."""
-    shape = model.shape
+    softmax = [layer for layer, spec in enumerate(model.mixers) if not spec]
+    shape = model.shape.of_layer(softmax[0] if softmax else 0)
     ids = {
         name: value
         for name in ("bos_token_id", "eos_token_id", "pad_token_id")

@@ -1,7 +1,7 @@
 """A linear-time mixer (`compress.mixers`) as ONNX nodes.
 
 Shapes: B rows, T new tokens, H query and G key/value heads of D channels, N = H + G; K features of a head, V columns of
-its state: D, and where it is normalised one more for the denominator.
+its state: those of a head's values, E, and where it is normalised one more for the denominator.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from compress.exports.onnx.recurrence import causal_conv, linear_attention
 from compress.exports.onnx.states import keeps_tokens
 from compress.exports.onnx.window import WindowInputs, look_near
 from compress.mixers.spec import EPSILON, MixerSpec
+from compress.models.anatomy import ModelShape
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class MixerInputs:
 
 
 def mixer(blocks: Blocks, x: str, layer: int, spec: MixerSpec, inputs: MixerInputs) -> tuple[str, dict[str, str]]:
-    """(mixed `(B, T, H·D)`, the states after it by name)."""
+    """(mixed `(B, T, H·E)`, the states after it by name)."""
     return _Mixer(blocks, layer, spec, inputs).emit(x)
 
 
@@ -51,10 +52,10 @@ class _Mixer:
     def emit(self, x: str) -> tuple[str, dict[str, str]]:
         graph, mask, near = self.blocks.graph, self.inputs.mask_BT1, ""
         qk, v, conv, projected = self._project(x)
-        qk = rotated(self.blocks, qk, self.inputs.rotary)
+        qk = rotated(self.blocks, qk, self._num_heads + self._num_kv, self.inputs.rotary)
         if self.spec.window:
             window = self.inputs.windows[self.spec.window]
-            near, qk, v, conv = look_near(self.blocks, qk, v, self._past("conv"), self.spec, window)
+            near, qk, v, conv = look_near(self.blocks, qk, v, self._past("conv"), self._shape, self.spec, window)
         elif mask:
             v = graph.op("Mul", v, mask)
         q, k = self._features(qk)
@@ -66,21 +67,30 @@ class _Mixer:
         return self._finish(out, near, weight, gate), {"recurrent": recurrent, "conv": conv}
 
     @property
+    def _shape(self) -> ModelShape:
+        """The model's, with this layer's widths."""
+        return self.blocks.model.shape.of_layer(self.layer)
+
+    @property
     def _num_heads(self) -> int:
-        return self.blocks.model.shape.num_attention_heads
+        return self._shape.num_attention_heads
 
     @property
     def _num_kv(self) -> int:
-        return self.blocks.model.shape.num_key_value_heads
+        return self._shape.num_key_value_heads
 
     @property
     def _head_dim(self) -> int:
-        return self.blocks.model.shape.head_dim
+        return self._shape.head_dim
+
+    @property
+    def _value_dim(self) -> int:
+        return self.spec.value_dim(self._shape.v_head_dim)
 
     @property
     def _widths(self) -> tuple[int, int]:
         """Channels of [q; k] and of v, whose heads end with the denominator's column."""
-        return (self._num_heads + self._num_kv) * self._head_dim, self._num_kv * self.spec.value_dim(self._head_dim)
+        return (self._num_heads + self._num_kv) * self._head_dim, self._num_kv * self._value_dim
 
     @property
     def _factor(self) -> float:
@@ -119,7 +129,7 @@ class _Mixer:
         rate_paths = [*map(self._path, rates)]
         qk_width, one = self._widths[0], 1 / self._factor if self.spec.normalised else 0.0
         if blocks.can_stack(*paths, *rate_paths):
-            last = qk_width + self._num_kv * self._head_dim
+            last = qk_width + self._num_kv * self._shape.v_head_dim
             parts = np.arange(qk_width), self._value_rows(qk_width), last + np.arange(sum(rates.values()))
             rows = np.concatenate(parts) if one else None
             whole = blocks.linear(x, *paths, *rate_paths, name=self._path("qkv_proj"), rows=rows, constant=one)
@@ -130,8 +140,8 @@ class _Mixer:
 
     def _value_rows(self, first: int) -> NDArray[np.int64]:
         """Which stored row is each channel of v; −1 for the denominator's, which is a constant."""
-        rows_GV = np.full((self._num_kv, self._head_dim + 1), -1)
-        rows_GV[:, :-1] = first + np.arange(self._num_kv * self._head_dim).reshape(self._num_kv, -1)
+        rows_GV = np.full((self._num_kv, self._shape.v_head_dim + 1), -1)
+        rows_GV[:, :-1] = first + np.arange(self._num_kv * self._shape.v_head_dim).reshape(self._num_kv, -1)
         return rows_GV.reshape(-1)
 
     def _norm_heads(self, qk: str) -> str:
@@ -168,7 +178,8 @@ class _Mixer:
 
     def _features(self, qk: str) -> tuple[str, str]:
         """Features of q `(B, T, H·K)` and of k `(B, T, G·K)`, rotated before."""
-        mapped = features(self.blocks, qk, self.spec.feature_map, self._path(""), self.inputs.packed)
+        num_heads, kind = self._num_heads + self._num_kv, self.spec.feature_map
+        mapped = features(self.blocks, qk, num_heads, kind, self._path(""), self.inputs.packed)
         key_dim = self.spec.key_dim(self._head_dim)
         q, k = self.blocks.graph.split(mapped, self._num_heads * key_dim, self._num_kv * key_dim)
         return q, k
@@ -200,26 +211,26 @@ class _Mixer:
         if mask:
             rate_BTG = graph.op("Mul", rate_BTG, mask)
         wide = graph.constant(
-            f"per_head.{self.spec.value_dim(self._head_dim)}",
-            np.repeat(np.eye(self._num_kv, dtype=np.float32), self.spec.value_dim(self._head_dim), axis=1),
+            f"per_head.{self._value_dim}" if self._shape == self.blocks.model.shape else self._path("per_head"),
+            np.repeat(np.eye(self._num_kv, dtype=np.float32), self._value_dim, axis=1),
         )
         decay_G = graph.weight(self._path("A"), np.minimum(-self.blocks.model.vector(self._path("A")), 0))
         return graph.op("Mul", v, graph.op("MatMul", rate_BTG, wide)), graph.op("Mul", rate_BTG, decay_G)
 
     def _finish(self, out_BTX: str, near_BTHV: str, weight_BTH: str, gate_BTH: str) -> str:
-        """Numerator over denominator, or the norm of each head; times the gate. `(B, T, H·D)`.
+        """Numerator over denominator, or the norm of each head; times the gate. `(B, T, H·E)`.
 
         With a window (w·near + numerator)/(w·1 + denominator): that 1, over the factor as the denominator is, is
         `near`'s last column.
         """
-        graph, head_dim = self.blocks.graph, self._head_dim
-        heads = graph.op("Reshape", out_BTX, graph.ints(0, 0, self._num_heads, self.spec.value_dim(head_dim)))
+        graph = self.blocks.graph
+        heads = graph.op("Reshape", out_BTX, graph.ints(0, 0, self._num_heads, self._value_dim))
         if near_BTHV:
             weighted = graph.op("Mul", graph.op("Unsqueeze", weight_BTH, graph.ints(3)), near_BTHV)
             heads = graph.op("Add", weighted, heads)
         gate = graph.op("Unsqueeze", gate_BTH, graph.ints(3)) if gate_BTH else ""
         if self.spec.normalised:
-            numerator, denominator = graph.split(heads, head_dim, 1)
+            numerator, denominator = graph.split(heads, self._shape.v_head_dim, 1)
             if not near_BTHV:
                 denominator = graph.op("Add", denominator, graph.scalar(EPSILON / self._factor))
             if gate:

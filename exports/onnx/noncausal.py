@@ -39,18 +39,19 @@ def fold_feature_maps(model: Model) -> Model:
 
 def noncausal_attention(blocks: Blocks, x: str, layer: int, mask_BT1: str) -> str:
     """`(B, T, hidden)` → `(B, T, H·D)`. mask_BT1: float, 0 at padding."""
-    graph, shape = blocks.graph, blocks.model.shape
-    heads, head_dim = shape.num_attention_heads, shape.head_dim
+    graph, shape = blocks.graph, blocks.model.shape.of_layer(layer)
+    heads = shape.num_attention_heads
     q, k, v = project(blocks, x, layer, packed=False)
     v = graph.op("Mul", v, mask_BT1)
-    q, k, v = (split_heads(blocks, value, heads) for value in (q, k, v))
+    q, k = (split_heads(blocks, value, heads) for value in (q, k))
+    v = split_heads(blocks, v, heads, shape.v_head_dim)
     (_, map_q), (_, map_k) = _maps(blocks.model, layer)
     q_BHTK, k_BHTK = _features(blocks, q, map_q), _features(blocks, k, map_k)
     k_BHKT = graph.op("Transpose", k_BHTK, perm=(0, 1, 3, 2))
     mask_B1T1 = graph.op("Unsqueeze", mask_BT1, graph.ints(1))
     state_BHKV = graph.op("Concat", graph.op("MatMul", k_BHKT, v), graph.op("MatMul", k_BHKT, mask_B1T1), axis=-1)
     mixed = graph.op("MatMul", q_BHTK, state_BHKV)
-    num, den = graph.split(mixed, head_dim, 1)
+    num, den = graph.split(mixed, shape.v_head_dim, 1)
     y_BHTD = graph.op("Div", num, graph.op("Add", den, graph.scalar(EPSILON)))
     return graph.op("Reshape", graph.op("Transpose", y_BHTD, perm=(0, 2, 1, 3)), graph.ints(0, 0, -1))
 

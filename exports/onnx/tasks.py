@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from compress.models.anatomy import HYBRID
+from compress.models.anatomy import HYBRID, shape_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -47,6 +47,10 @@ def dummy_inputs(model: PreTrainedModel, task: str) -> dict[str, NDArray[Any]]:
         grouped = hasattr(model.config, "num_key_value_heads")
         generator = MistralDummyPastKeyValuesGenerator if grouped else DummyPastKeyValuesGenerator
         cache = generator(base_task, config, batch_size=1, sequence_length=num_past)
+        shape = shape_of(model.config.to_dict())
         for layer, pair in enumerate(cache.generate("past_key_values", framework="np")):
-            feeds |= {f"past_key_values.{layer}.key": pair[0], f"past_key_values.{layer}.value": pair[1]}
+            own = shape.of_layer(layer)
+            for part, array in zip(("key", "value"), pair, strict=True):
+                size = len(array), own.num_key_value_heads, num_past, own.head_dim
+                feeds[f"past_key_values.{layer}.{part}"] = np.resize(array, size)
     return feeds

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from compress.exports.onnx.blocks import Blocks
 from compress.mixers.spec import MixerSpec
+from compress.models.anatomy import ModelShape
 
 BLOCK = 64
 """Queries of a block, where there are so many."""
@@ -34,16 +35,17 @@ class WindowInputs:
 
 
 def look_near(
-    blocks: Blocks, qk: str, v: str, past: str, spec: MixerSpec, inputs: WindowInputs
+    blocks: Blocks, qk: str, v: str, past: str, shape: ModelShape, spec: MixerSpec, inputs: WindowInputs
 ) -> tuple[str, str, str, str]:
     """(softmax over the window `(B, T, H, V)`, [q; k] and v as the linear attention reads them, the state).
 
-    qk: rotated, `(B, T, (H + G)·D)`. v: `(B, T, G·V)`. The state `(B, W, G·(D + V))` is the last keys and values, and
-    those that leave it come out as k and v. The V-th channel of a head of softmax's is as v's, the same for all tokens.
+    shape: with the layer's widths. qk: rotated, `(B, T, (H + G)·D)`. v: `(B, T, G·V)`. The state `(B, W, G·(D + V))`
+    is the last keys and values, and those that leave it come out as k and v. The V-th channel of a head of softmax's is
+    as v's, the same for all tokens.
     """
-    graph, shape = blocks.graph, blocks.model.shape
+    graph = blocks.graph
     num_heads, num_kv, head_dim = shape.num_attention_heads, shape.num_key_value_heads, shape.head_dim
-    value_dim = spec.value_dim(head_dim)
+    value_dim = spec.value_dim(shape.v_head_dim)
     q_width, k_width, v_width = num_heads * head_dim, num_kv * head_dim, num_kv * value_dim
     q, k = graph.split(qk, q_width, k_width)
     slots = graph.op("Concat", past, graph.op("Concat", k, v, axis=-1), axis=1)

@@ -66,7 +66,7 @@ def converted_shape(model: ModelShape, layers: Sequence[int], mixer: MixerSpec |
 
 def impossible(model: ModelShape, to: To) -> Iterator[Problem]:
     """Why a model can't be converted at all; `where` is the option."""
-    if not model.family.hybrids:
+    if not model.family.takes_mixers:
         what = f"{model.model_type} keeps q, k and v in one fused matrix, which no mixer is made from"
         yield Problem("to", what, "convert a llama, mistral, qwen2, qwen3 or bert model")
         return

@@ -60,14 +60,19 @@ def _memory(config: Mapping[str, Any]) -> dict[str, float]:
     """The layers that attend with softmax, and MB (1e6 bytes, float32) that one sequence keeps: states, and a KV cache
     of so many tokens."""
     model = shape_of(config)
-    found, heads = kinds(model), (model.num_attention_heads, model.num_key_value_heads, model.head_dim)
+    found = kinds(model)
     if model.family.kind == "encoder":  # reads a text at once, and keeps nothing
         return {"num_softmax_layers": found.count(FULL), "state_mb": 0.0, f"kv_cache_mb@{_CACHE_TOKENS}": 0.0}
     seen = min(config.get("sliding_window") or _CACHE_TOKENS, _CACHE_TOKENS)
-    cached = found.count(FULL) * _CACHE_TOKENS + found.count(SLIDING) * seen
-    states = [spec.state_bytes(*heads) for spec in model.mixers if spec is not None]
+    layers = [model.of_layer(layer) for layer in range(model.num_hidden_layers)]
+    tokens = {FULL: _CACHE_TOKENS, SLIDING: seen}
+    cached = sum(own.num_key_value_heads * tokens.get(kind, 0) for own, kind in zip(layers, found, strict=True))
+    states = [
+        spec.state_bytes(own.num_attention_heads, own.num_key_value_heads, own.head_dim, own.v_head_dim)
+        for own, spec in zip(layers, model.mixers, strict=False) if spec is not None
+    ]  # fmt: skip
     return {
         "num_softmax_layers": found.count(FULL),
         "state_mb": sum(states) / 1e6,
-        f"kv_cache_mb@{_CACHE_TOKENS}": 4 * 2 * model.num_key_value_heads * model.head_dim * cached / 1e6,
+        f"kv_cache_mb@{_CACHE_TOKENS}": 4 * 2 * model.head_dim * cached / 1e6,
     }

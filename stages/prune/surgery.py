@@ -31,7 +31,7 @@ def drop_layers(model: PreTrainedModel, dropped: Collection[int]) -> None:
         for module in layer.modules():
             if hasattr(module, "layer_idx"):  # an attention's place in the cache
                 module.layer_idx = index
-    for key in ("layer_types", "mixers"):
+    for key in ("layer_types", "mixers", "layer_widths"):
         if getattr(config, key, None) is not None:
             setattr(config, key, [getattr(config, key)[index] for index in kept])
     if hasattr(config, "max_window_layers"):

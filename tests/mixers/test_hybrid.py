@@ -234,7 +234,7 @@ def test_the_cache_of_linear_layers_alone_counts_and_does_not_grow(build: Build)
         sizes.append(cache.num_bytes)
     assert cache.get_seq_length() == 13
     specs = [SPECS[name] for name in LAYOUTS["all linear"]["mixers"]]
-    assert set(sizes) == {2 * sum(spec.state_bytes(4, 2, 16) for spec in specs)}  # of two sequences
+    assert set(sizes) == {2 * sum(spec.state_bytes(4, 2, 16, 16) for spec in specs)}  # of two sequences
     cache.reset()
     assert cache.get_seq_length() == cache.num_bytes == 0
     again = logits(model, tokens(length=5), cache=cache)

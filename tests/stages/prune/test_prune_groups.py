@@ -19,16 +19,16 @@ from torch import Tensor, nn
 from compress.artifact import Artifact
 from compress.models.anatomy import shape_of
 from compress.models.axes import indices, sizes_of
-from compress.models.load import load_model
+from compress.models.load import load_model, save_model
 from compress.models.narrow import Kept, explained, narrow, weights_of
 from compress.models.parts import Parts
 from compress.stage import StageContext, Target
 from compress.stages.prune.groups import PruneGroups
 from compress.stages.prune.importance import at_random
 from compress.stages.prune.narrowing import num_parameters, rebuilt
-from compress.stages.prune.selection import choose
-from compress.stages.prune.widths import layer_widths
-from pico import MODEL_TYPES, VOCAB_SIZE, make_pico
+from compress.stages.prune.selection import allocated, choose
+from compress.stages.prune.widths import counts, layer_widths
+from pico import MODEL_TYPES, VOCAB_SIZE, make_hybrid, make_pico
 
 IDS = torch.randint(0, VOCAB_SIZE, (2, 40), generator=torch.Generator().manual_seed(1))
 Pico = Callable[[str], Path]
@@ -153,6 +153,58 @@ def test_it_loads_in_a_fresh_process_without_us_and_exports(
     ours = outputs(load_model(tmp_path / "out"))
     torch.testing.assert_close(torch.load(tmp_path / "fresh.pt"), ours, rtol=1e-5, atol=1e-5)
     export(tmp_path / "out", tmp_path / "onnx", fused=kind != "attention-heads")  # raises where logits differ
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize(
+    ("model_type", "mixers", "keep"),
+    [
+        ("llama", ("mamba2", None, "gated-delta", "linear@8"), {"ssm-channels": 8}),
+        ("llama", ("mamba2", None, "mamba2", "mamba2"), {"ssm-heads": 2}),
+        ("llama", ("mamba2", None, "mamba2", None), {"ssm-heads": 2, "ssm-channels": 12, "attention-heads": 2}),
+        ("qwen3", ("gated-delta", None, "linear@8", "gated-linear"), {"kv-groups": 1, "ssm-channels": 8}),
+        ("qwen3", ("gated-linear@8", None, "mamba2", "mamba2"), {"hidden": 48, "intermediate": 48, "ssm-heads": 2}),
+        ("bert", ("linear", None, "linear", None), {"ssm-channels": 8, "intermediate": 48}),
+        ("bert", ("linear", None, "linear", None), {"ssm-heads": 2}),
+    ],
+)
+def test_layers_with_mixers(
+    model_type: str, mixers: tuple[str | None, ...], keep: dict[str, int], fused: bool, tmp_path: Path
+) -> None:
+    source = make_hybrid(model_type, tmp_path / "source", mixers)
+    smaller, kept = cut(load_model(source), keep)
+    theirs = outputs(masked(load_model(source), kept))
+    theirs = theirs[..., list(kept.hidden)] if kept.hidden and model_type == "bert" else theirs
+    assert (outputs(smaller) - theirs).abs().max() <= 1e-5 * (theirs.max() - theirs.min())
+    prune(source, tmp_path / "out", keep=keep, by="magnitude")
+    export(tmp_path / "out", tmp_path / "onnx", fused=fused)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("keep", [{"intermediate": 0.5}, {"attention-heads": 2}, {"kv-groups": 1}])
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_a_width_a_layer(model_type: str, keep: dict[str, Any], fused: bool, pico: Pico, tmp_path: Path) -> None:
+    parts = Parts(load_model(pico(model_type)))
+    scores = at_random(parts, 3)
+    scores.layers[0]["intermediate"].pow_(4)  # so that layers differ
+    scores.layers[1]["heads"][:3] = scores.layers[1]["groups"][0] = 0.001
+    kept_numbers = counts(keep, parts.shape, 8)
+    widths = allocated(scores, parts.shape, kept_numbers, 8)
+    kept = choose(scores, parts.shape, widths)
+    smaller = rebuilt(parts, narrow(parts, explained(parts, "test"), kept), widths)
+    assert len(set(widths)) > 1
+    theirs = outputs(masked(load_model(pico(model_type)), kept))
+    assert (outputs(smaller) - theirs).abs().max() <= 1e-5 * (theirs.max() - theirs.min())
+    save_model(smaller, pico(model_type), tmp_path / "out")
+    torch.testing.assert_close(outputs(load_model(tmp_path / "out")), outputs(smaller), rtol=1e-6, atol=1e-6)
+    torch.save(IDS, tmp_path / "ids.pt")
+    if fused:
+        subprocess.run([sys.executable, "-c", _FRESH, str(tmp_path / "out")], check=True, cwd=tmp_path)
+        torch.testing.assert_close(torch.load(tmp_path / "fresh.pt"), outputs(smaller), rtol=1e-5, atol=1e-5)
+    export(tmp_path / "out", tmp_path / "onnx", fused=fused)
+    grouped = {width.groups for width in widths}
+    if fused and model_type != "bert":
+        assert (tmp_path / "onnx" / "genai_config.json").is_file() == (len(grouped) == 1)
 
 
 @pytest.mark.parametrize("by", ["activation", "taylor", "magnitude", "random"])
