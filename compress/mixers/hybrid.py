@@ -45,12 +45,12 @@ from .cache import HybridCache
 from .cache_name import CACHE, one_cache
 from .mixer import Mixer
 from .spec import FULL, LINEAR, SLIDING
-from .widths import widths_fault, widths_of
+from .widths import FreeHeads, widths_fault, widths_of
 
 MASKS: dict[str, Any] = {FULL: create_causal_mask, SLIDING: create_sliding_window_causal_mask}
 
 
-class HybridConfig(PreTrainedConfig):
+class HybridConfig(FreeHeads, PreTrainedConfig):
     """What the configs share: `mixers` and `layer_types` fit each other, and the window stays what the file says."""
 
     layer_types: list[str] | None = None
@@ -78,9 +78,6 @@ class HybridConfig(PreTrainedConfig):
                 fault = f"layer_widths[{layer}]: {numbers} can't be shared out"
         if fault:
             raise ValueError(fault)
-
-    def validate_architecture(self) -> None:
-        """The heads need not divide hidden_size: they have a head_dim."""
 
 
 class Hybrid(PreTrainedModel):

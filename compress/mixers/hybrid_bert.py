@@ -21,10 +21,10 @@ from transformers import (
 
 from .hybrid_gpt import one_head
 from .noncausal import NonCausalMixer
-from .widths import widths_fault, widths_of
+from .widths import FreeHeads, widths_fault, widths_of
 
 
-class HybridBertConfig(BertConfig):
+class HybridBertConfig(FreeHeads, BertConfig):
     model_type = "hybrid_bert"
     mixers: list[dict[str, Any] | None] | None = None
     head_dim: int | None = None

@@ -23,7 +23,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from .widths import widths_fault, widths_of
+from .widths import FreeHeads, widths_fault, widths_of
 
 
 @contextmanager
@@ -42,7 +42,7 @@ def _check(config: Any) -> None:
         raise ValueError(fault)
 
 
-class HybridGPT2Config(GPT2Config):
+class HybridGPT2Config(FreeHeads, GPT2Config):
     model_type = "hybrid_gpt2"
     head_dim: int | None = None
     layer_widths: list[dict[str, int] | None] | None = None
@@ -52,7 +52,7 @@ class HybridGPT2Config(GPT2Config):
         _check(self)
 
 
-class HybridGPTNeoXConfig(GPTNeoXConfig):
+class HybridGPTNeoXConfig(FreeHeads, GPTNeoXConfig):
     model_type = "hybrid_gpt_neox"
     head_dim: int | None = None
     layer_widths: list[dict[str, int] | None] | None = None
@@ -60,10 +60,6 @@ class HybridGPTNeoXConfig(GPTNeoXConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         _check(self)
-
-    def validate_architecture(self) -> None:
-        """The heads need not divide hidden_size."""
-
 
 class HybridGPT2Model(GPT2Model):
     config_class = HybridGPT2Config

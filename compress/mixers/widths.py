@@ -22,6 +22,17 @@ class LayerWidths:
     v_head_dim: int
 
 
+class FreeHeads:
+    """A config whose heads have a head_dim of their own, and need not divide hidden_size."""
+
+    def validate(self) -> None:
+        """What transformers checks of the family's config, but for that."""
+        validators: Any = getattr(self, "__class_validators__", ())
+        for validator in validators:
+            if validator.__name__ != "validate_architecture":
+                validator(self)
+
+
 KEYS = tuple(field.name for field in fields(LayerWidths) if field.name != "head_dim")
 
 

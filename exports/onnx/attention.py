@@ -83,8 +83,8 @@ def project(
         qkv = blocks.linear(x, *(paths or [path]), name=path, rows=rows)
         if packed:
             return (qkv,)
-        q_width, kv_width = shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
-        return graph.split(qkv, q_width, kv_width, kv_width)
+        q_width, k_width = shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
+        return graph.split(qkv, q_width, k_width, shape.num_key_value_heads * shape.v_head_dim)
     if lanes_D is not None:
         what = "GroupQueryAttention can't rotate heads of this width where q and k stand apart"
         raise StageFailed("export-onnx.fused", what, "set fused: false")

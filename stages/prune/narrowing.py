@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from compress.artifact import write_json
 from compress.errors import StageFailed
+from compress.models.anatomy import ModelShape
 from compress.models.axes import Dimension, Place, length
 from compress.models.convert import narrowed
 from compress.models.folder import config_of, module_folders
@@ -54,16 +55,16 @@ def rebuilt(parts: Parts, weights: Mapping[str, Any], layers: Sequence[Widths]) 
     else:
         changes |= {"num_key_value_heads": main.groups, "head_dim": shape.head_dim}
     alike = all(width == replace(main, value_lanes=shape.head_dim) for width in layers)
-    own = None if alike else [_entry(width, has_mixer(shape, layer)) for layer, width in enumerate(layers)]
+    own = None if alike else [_entry(shape, width, layer) for layer, width in enumerate(layers)]
     return narrowed(cast(PreTrainedModel, parts.model), changes, weights, own)
 
 
-def _entry(width: Widths, mixed: bool) -> dict[str, int]:
+def _entry(shape: ModelShape, width: Widths, layer: int) -> dict[str, int]:
     """One layer's of `layer_widths`."""
-    entry = {
-        "num_attention_heads": width.heads, "num_key_value_heads": width.groups, "intermediate_size": width.intermediate
-    }  # fmt: skip
-    return entry | ({"v_head_dim": width.value_lanes} if mixed else {})
+    entry = {"num_attention_heads": width.heads, "intermediate_size": width.intermediate}
+    if not shape.family.tied_heads:
+        entry["num_key_value_heads"] = width.groups
+    return entry | ({"v_head_dim": width.value_lanes} if has_mixer(shape, layer) else {})
 
 
 def note_origins(smaller: PreTrainedModel, parts: Parts, kept: Kept) -> None:
