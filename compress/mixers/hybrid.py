@@ -45,18 +45,17 @@ from .cache import HybridCache
 from .cache_name import CACHE, one_cache
 from .mixer import Mixer
 from .spec import FULL, LINEAR, SLIDING
-from .widths import FreeHeads, widths_fault, widths_of
+from .widths import OwnWidths, widths_fault, widths_of
 
 MASKS: dict[str, Any] = {FULL: create_causal_mask, SLIDING: create_sliding_window_causal_mask}
 
 
-class HybridConfig(FreeHeads, PreTrainedConfig):
+class HybridConfig(OwnWidths, PreTrainedConfig):
     """What the configs share: `mixers` and `layer_types` fit each other, and the window stays what the file says."""
 
     layer_types: list[str] | None = None
     mixers: list[dict[str, Any] | None] | None = None
     sliding_window: int | None = None
-    layer_widths: list[dict[str, int] | None] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         window = self.sliding_window  # Qwen's configs drop it where `use_sliding_window` is false

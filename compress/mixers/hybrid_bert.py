@@ -21,14 +21,12 @@ from transformers import (
 
 from .hybrid_gpt import one_head
 from .noncausal import NonCausalMixer
-from .widths import FreeHeads, widths_fault, widths_of
+from .widths import OwnWidths, widths_fault, widths_of
 
 
-class HybridBertConfig(FreeHeads, BertConfig):
+class HybridBertConfig(OwnWidths, BertConfig):
     model_type = "hybrid_bert"
     mixers: list[dict[str, Any] | None] | None = None
-    head_dim: int | None = None
-    layer_widths: list[dict[str, int] | None] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)

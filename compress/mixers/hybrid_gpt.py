@@ -23,7 +23,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from .widths import FreeHeads, widths_fault, widths_of
+from .widths import OwnWidths, widths_fault, widths_of
 
 
 @contextmanager
@@ -42,20 +42,16 @@ def _check(config: Any) -> None:
         raise ValueError(fault)
 
 
-class HybridGPT2Config(FreeHeads, GPT2Config):
+class HybridGPT2Config(OwnWidths, GPT2Config):
     model_type = "hybrid_gpt2"
-    head_dim: int | None = None
-    layer_widths: list[dict[str, int] | None] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         _check(self)
 
 
-class HybridGPTNeoXConfig(FreeHeads, GPTNeoXConfig):
+class HybridGPTNeoXConfig(OwnWidths, GPTNeoXConfig):
     model_type = "hybrid_gpt_neox"
-    head_dim: int | None = None
-    layer_widths: list[dict[str, int] | None] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)

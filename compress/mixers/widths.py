@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, ClassVar
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,13 @@ class LayerWidths:
     v_head_dim: int
 
 
-class FreeHeads:
-    """A config whose heads have a head_dim of their own, and need not divide hidden_size."""
+class OwnWidths:
+    """A config with `layer_widths`, whose heads may have a head_dim of their own and need not divide hidden_size.
+
+    `config.json` has these keys only where they say something.
+    """
+
+    layer_widths: ClassVar[Any] = None
 
     def validate(self) -> None:
         """What transformers checks of the family's config, but for that."""

@@ -100,7 +100,8 @@ def narrowed(
     tied = family_of(str(config["model_type"])).tied_heads
     if layer_widths is not None or (tied and "head_dim" in changes):
         model_class = _hybrid_class(model)
-        config |= {"model_type": model_class.config_class.model_type, "layer_widths": layer_widths}
+        config |= {"model_type": model_class.config_class.model_type}
+        config |= {"layer_widths": list(layer_widths)} if layer_widths is not None else {}
         if "sliding_window" in config and not config.get("layer_types"):
             config["layer_types"] = _layer_types(model.config, [None] * model.config.num_hidden_layers)
     config.pop("auto_map", None)

@@ -63,6 +63,8 @@ CASES: Mapping[str, Mapping[str, Case]] = {
         "taylor": _of("llama-untied", keep={"intermediate": 48, "kv-groups": 1}, by="taylor", **_SCORING),
         "magnitude-encoder": _of("bert", keep={"hidden": 0.5, "attention-heads": 2}, by="magnitude"),
         "random": _of("gpt2", keep={"intermediate": 40}, by="random"),
+        "mixers": _of("hybrid", keep={"ssm-channels": 8, "ssm-heads": 2}, **_SCORING),
+        "global": _of("llama-deep", keep={"intermediate": 48}, allocate="global", multiple_of=8, **_SCORING),
         "budget": _of("llama-deep", cut=["intermediate", "hidden"], params=0.75, multiple_of=8, **_SCORING),
     },
     "convert-attention": {

@@ -17,6 +17,7 @@ import compress.quant.apply as apply
 import compress.quant.fake as fake
 import compress.quant.search as search
 import compress.stages.convert.stage as convert
+import compress.stages.prune.importance as importance
 import compress.stages.prune.scores as scores
 import compress.train.objective as objective
 from compress.registry import stage_class
@@ -41,6 +42,10 @@ def _scaled(by: float, function: Callable[..., Any]) -> Callable[..., Any]:
     return scaled
 
 
+def _powered(function: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *args: {name: value**2 for name, value in function(*args).items()}
+
+
 _ROUNDS = "json.scores.json.rounds"
 CHANGES: dict[str, tuple[str, Any, str, Any, str]] = {
     "the window of linear": ("convert-attention/linear", convert, "NEAR", 32, "config.mixers[1].window"),
@@ -51,6 +56,9 @@ CHANGES: dict[str, tuple[str, Any, str, Any, str]] = {
     "block influence": ("prune-layers/block-influence", scores, "cosine", _squared(scores.cosine), _ROUNDS),
     "the angular score": ("prune-layers/angular", scores, "cosine", _squared(scores.cosine), _ROUNDS),
     "leave-one-out": ("prune-layers/leave-one-out", scores, "distance", _scaled(2, scores.distance), _ROUNDS),
+    "the importance of groups": (
+        "prune-groups/activation", importance, "_squares", _powered(importance._squares), "json.groups.json.shares",
+    ),
     "the rotary scale": (
         "export-onnx/fp32", describe, "rotary_tables", _scaled(1.01, describe.rotary_tables), "tensors.cos",
     ),
