@@ -10,13 +10,16 @@ import numpy as np
 
 from compress.benchmarks.evaluation import Evaluation, Question, evaluate, questions
 from compress.benchmarks.haystack import Haystack
-from compress.benchmarks.quality import Ints
+from compress.benchmarks.quality import Floats, Ints
 from compress.benchmarks.recall import Recall
 from compress.benchmarks.recollection import recollect
-from compress.benchmarks.scorers import Task, logits_of, open_scorer, task_of
+from compress.benchmarks.scorers import Scorer, Task, logits_of, open_scorer, task_of
 from compress.data.text import TextData
 from compress.errors import StageFailed
+from compress.models.anatomy import shape_of
+from compress.models.folder import config_of
 from compress.models.load import load_tokenizer
+from compress.models.origins import answering_channels
 from compress.stage import Reporter
 from compress.units import UNKEPT, Units
 
@@ -49,12 +52,33 @@ def judge(
     beside = score if reference == subject else None
     if reference is not None and beside is None:
         beside = open_scorer(reference, task, threads=threads)
+        beside = _of_channels(beside, subject, reference) if task == "embedding" else beside
     with reporter.progress("evaluate", len(asked)) as advance:
         found = evaluate(score, beside, asked, task, advance, units)
     if recall is None or material is None:
         return found
     with reporter.progress("recall", recall.samples) as advance:
         return replace(found, recollection=recollect(score, beside, *material, recall, advance, units))
+
+
+def _of_channels(score: Scorer, subject: Path, reference: Path) -> Scorer:
+    """What `score` says of the reference's hidden states, of the channels that the subject still has.
+
+    Raises StageFailed where the subject is of another width and does not say which they are.
+    """
+    ours, theirs = config_of(subject) or {}, config_of(reference) or {}
+    channels = answering_channels(ours, theirs)
+    if channels is None:
+        widths = shape_of(ours).hidden_size, shape_of(theirs).hidden_size
+        if widths[0] != widths[1]:
+            what = f"hidden states of {widths[0]} channels can't be compared with {widths[1]}"
+            raise StageFailed("evaluate", what, "compare with the model that it was cut from")
+        return score
+
+    def of_channels(ids_T: Ints, rows: Ints | slice = slice(None)) -> Floats:
+        return score(ids_T, rows)[:, channels]
+
+    return of_channels
 
 
 def compare(subject: nn.Module, reference: nn.Module, blocks_NT: Ints) -> Evaluation:

@@ -63,6 +63,12 @@ def _indices(value: object, number: int) -> tuple[int, ...]:
     return tuple(value) if fits and isinstance(value, list) else ()
 
 
+def answering_channels(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[int] | None:
+    """Which channel of one model's residual stream each of another's is, by their configs; None: that is not known."""
+    own, other = Origins.of(ours), Origins.of(theirs)
+    return places_in(own.channels, other.channels) if own.hidden_size == other.hidden_size else None
+
+
 def places_in(ours: Sequence[int], theirs: Sequence[int]) -> list[int] | None:
     """Where each of our origins stands among theirs; None where one does not."""
     place = {origin: index for index, origin in enumerate(theirs)}

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from compress.errors import StageFailed
+from compress.models import origins
 from compress.models.origins import Origins, places_in
 from compress.train.options import HEADLESS_LOSS, TrainingOptions
 
@@ -70,8 +71,7 @@ def answering_layers(student: PreTrainedModel, teacher: PreTrainedModel | None) 
 
 def answering_channels(student: PreTrainedModel, teacher: PreTrainedModel) -> list[int] | None:
     """Which channel of the teacher's residual stream each of the student's is; None where that is not known."""
-    ours, theirs = origins_of(student), origins_of(teacher)
-    return places_in(ours.channels, theirs.channels) if ours.hidden_size == theirs.hidden_size else None
+    return origins.answering_channels(student.config.to_dict(), teacher.config.to_dict())
 
 
 def answering_heads(student: PreTrainedModel, teacher: PreTrainedModel, layer: int, their: int) -> list[int] | None:

@@ -20,7 +20,7 @@ from compress.models.folder import config_of, module_folders
 from compress.models.narrow import Indices, Kept
 from compress.models.origins import Origins
 from compress.models.parts import Parts
-from compress.stages.prune.widths import Widths, has_mixer
+from compress.stages.prune.widths import Widths, has_mixer, widest
 
 POOLED = ("word_embedding_dimension", "embedding_dimension")
 """Keys of a sentence-transformers module that say how wide what it reads is."""
@@ -43,18 +43,15 @@ def num_parameters(parts: Parts, placed: Mapping[str, Place], layers: Sequence[W
 def rebuilt(parts: Parts, weights: Mapping[str, Any], layers: Sequence[Widths]) -> PreTrainedModel:
     """A model of these weights, whose layers have these widths: of the same class where its config can say them."""
     shape, key = parts.shape, parts.family.key
-    softmax = [width for layer, width in enumerate(layers) if not has_mixer(shape, layer)] or list(layers)
-    main = softmax[0]
+    main, alike = widest(shape, layers)
     changes: dict[str, Any] = {
         key("hidden_size"): main.hidden, key("intermediate_size"): main.intermediate,
         key("num_attention_heads"): main.heads,
     }  # fmt: skip
     if parts.family.tied_heads:
-        alike = main.hidden == main.heads * shape.head_dim
-        changes |= {} if alike else {"head_dim": shape.head_dim}
+        changes |= {} if main.hidden == main.heads * shape.head_dim else {"head_dim": shape.head_dim}
     else:
         changes |= {"num_key_value_heads": main.groups, "head_dim": shape.head_dim}
-    alike = all(width == replace(main, value_lanes=shape.head_dim) for width in layers)
     own = None if alike else [_entry(shape, width, layer) for layer, width in enumerate(layers)]
     return narrowed(cast(PreTrainedModel, parts.model), changes, weights, own)
 

@@ -27,7 +27,7 @@ def choose(importance: Importance, shape: ModelShape, widths: Sequence[Widths]) 
 
 
 def _of_layer(importance: Importance, shape: ModelShape, layer: int, keep: Widths) -> dict[Dimension, Indices]:
-    scores, full = importance.layers[layer], Widths.of(shape)
+    scores, full = importance.layers[layer], Widths.of(shape, layer)
     kept: dict[Dimension, Indices] = {}
     heads_H = scores["heads"]
     if keep.value_lanes < full.value_lanes:
@@ -69,8 +69,9 @@ def allocated(
     widths = [layer_widths(kept, shape, layer) for layer in range(shape.num_hidden_layers)]
     if "intermediate" in kept:
         gains = [_gains(importance, scores["intermediate"], multiple_of) for scores in importance.layers]
-        steps = _shared_out(gains, round(kept["intermediate"] * len(widths) / multiple_of))
-        numbers = [min(shape.intermediate_size, number * multiple_of) for number in steps]
+        steps = _shared_out(gains, round(sum(width.intermediate for width in widths) / multiple_of))
+        own = [Widths.of(shape, layer).intermediate for layer in range(len(widths))]
+        numbers = [min(whole, number * multiple_of) for whole, number in zip(own, steps, strict=True)]
         widths = [replace(width, intermediate=number) for width, number in zip(widths, numbers, strict=True)]
     for kind in ("attention-heads", "ssm-heads", "kv-groups"):
         if kind in kept:
@@ -85,17 +86,16 @@ def _heads_shared_out(
     importance: Importance, shape: ModelShape, kind: Kind, here: Sequence[int], widths: Sequence[Widths]
 ) -> list[Widths]:
     """The widths of the layers `here` after their query heads, or whole groups of them, were shared out."""
-    groups = shape.num_key_value_heads
-    ratio = shape.num_attention_heads // groups
-    if kind == "kv-groups" or ratio == 1:
+    if kind == "kv-groups" or all(widths[layer].heads == widths[layer].groups for layer in here):
         gains = [_gains(importance, importance.layers[layer]["groups"], 1) for layer in here]
         numbers = _shared_out(gains, sum(widths[layer].groups for layer in here))
         return [replace(widths[layer], heads=number * (widths[layer].heads // widths[layer].groups), groups=number)
                 for layer, number in zip(here, numbers, strict=True)]  # fmt: skip
-    by_group = [importance.layers[layer]["heads"].view(groups, ratio).sort(1, descending=True).values for layer in here]
-    gains = [_gains(importance, heads_GR.sum(0), 1) for heads_GR in by_group]
-    numbers = _shared_out(gains, sum(widths[layer].heads // groups for layer in here))
-    return [replace(widths[layer], heads=number * groups) for layer, number in zip(here, numbers, strict=True)]
+    by_group = [importance.layers[layer]["heads"].view(Widths.of(shape, layer).groups, -1) for layer in here]
+    gains = [_gains(importance, heads_GR.sort(1, descending=True).values.sum(0), 1) for heads_GR in by_group]
+    numbers = _shared_out(gains, sum(widths[layer].heads // widths[layer].groups for layer in here))
+    return [replace(widths[layer], heads=number * widths[layer].groups)
+            for layer, number in zip(here, numbers, strict=True)]  # fmt: skip
 
 
 def _gains(importance: Importance, scores_N: Tensor, size: int) -> list[float]:

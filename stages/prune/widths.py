@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from compress.errors import Problem
+from compress.mixers.widths import LayerWidths
 from compress.models.anatomy import ModelShape
 
 Kind = Literal["attention-heads", "kv-groups", "intermediate", "hidden", "ssm-heads", "ssm-channels"]
@@ -32,19 +33,23 @@ class Widths:
     value_lanes: int
 
     @classmethod
-    def of(cls, shape: ModelShape) -> Widths:
-        """All of them."""
-        return cls(shape.hidden_size, shape.intermediate_size, shape.num_attention_heads, shape.num_key_value_heads,
-                   shape.head_dim)  # fmt: skip
+    def of(cls, shape: ModelShape, layer: int) -> Widths:
+        """All that a layer has."""
+        own = shape.of_layer(layer)
+        return cls(
+            own.hidden_size, own.intermediate_size, own.num_attention_heads, own.num_key_value_heads, own.v_head_dim
+        )
 
 
 def total(kind: Kind, shape: ModelShape) -> int:
-    """How many there are of a kind in each layer that has it."""
-    full = Widths.of(shape)
-    return {
-        "attention-heads": full.heads, "ssm-heads": full.heads, "kv-groups": full.groups, "hidden": full.hidden,
-        "intermediate": full.intermediate, "ssm-channels": full.value_lanes,
+    """How many there are of a kind in each layer that has it; where layers differ, in the widest."""
+    layers = range(shape.num_hidden_layers)
+    here = [layer for layer in layers if kind[:3] != "ssm" or has_mixer(shape, layer)] or layers
+    field = {
+        "attention-heads": "heads", "ssm-heads": "heads", "kv-groups": "groups", "hidden": "hidden",
+        "intermediate": "intermediate", "ssm-channels": "value_lanes",
     }[kind]  # fmt: skip
+    return max(int(getattr(Widths.of(shape, layer), field)) for layer in here)
 
 
 def has_mixer(shape: ModelShape, layer: int) -> bool:
@@ -59,7 +64,7 @@ def step(kind: Kind, shape: ModelShape, groups: int, multiple_of: int) -> int:
     config wants that (see `divisor`): then the step is made coarser no further than an eighth of the width.
     """
     if kind in ("attention-heads", "ssm-heads"):
-        return groups if shape.num_attention_heads > shape.num_key_value_heads else 1
+        return groups if total(kind, shape) > total("kv-groups", shape) else 1
     if kind == "kv-groups":
         return 1
     if kind == "ssm-channels":
@@ -76,7 +81,7 @@ def counts(keep: Mapping[Kind, Ask], shape: ModelShape, multiple_of: int) -> dic
         if isinstance(asked, int):
             found[kind] = asked
             continue
-        groups = found.get("kv-groups", shape.num_key_value_heads)
+        groups = found.get("kv-groups", total("kv-groups", shape))
         if kind == "hidden":
             found[kind] = _hidden_near(asked * whole, shape, found, multiple_of)
         elif kind == "kv-groups" or kind not in ("attention-heads", "ssm-heads"):
@@ -84,7 +89,7 @@ def counts(keep: Mapping[Kind, Ask], shape: ModelShape, multiple_of: int) -> dic
             found[kind] = min(whole, max(by, by * round(asked * whole / by)))
         else:
             by = step(kind, shape, groups, multiple_of)
-            most = whole if by == 1 else groups * (whole // shape.num_key_value_heads)
+            most = whole if by == 1 else groups * (whole // total("kv-groups", shape))
             found[kind] = min(most, max(by, by * round(asked * whole / by)))
     return found
 
@@ -96,18 +101,23 @@ def divisor(shape: ModelShape, kept: Mapping[Kind, int]) -> int:
 
 
 def softmax_heads(shape: ModelShape, kept: Mapping[Kind, int]) -> int:
-    """Query heads that a layer with softmax attention keeps."""
-    return _heads("attention-heads", shape, kept)[0]
+    """Query heads that the widest layer with softmax attention keeps."""
+    layers = range(shape.num_hidden_layers)
+    softmax = [layer for layer in layers if not has_mixer(shape, layer)] or layers
+    return max(_heads("attention-heads", shape, layer, kept)[0] for layer in softmax)
 
 
-def _heads(kind: Kind, shape: ModelShape, kept: Mapping[Kind, int]) -> tuple[int, int]:
-    """(query heads, key/value heads) that stay where query heads are cut as `kind`."""
-    heads, groups = shape.num_attention_heads, shape.num_key_value_heads
-    if heads == groups:
-        left = min(kept.get(kind, heads), kept.get("kv-groups", groups))
+def _heads(kind: Kind, shape: ModelShape, layer: int, kept: Mapping[Kind, int]) -> tuple[int, int]:
+    """(query heads, key/value heads) that stay in a layer where query heads are cut as `kind`."""
+    own = Widths.of(shape, layer)
+    groups = min(own.groups, kept.get("kv-groups", own.groups))
+    if own.heads == own.groups:
+        left = min(groups, kept.get(kind, own.heads))
         return left, left
-    left = kept.get("kv-groups", groups)
-    return kept.get(kind, heads // groups * left), left
+    ratio = own.heads // own.groups
+    if kind in kept:
+        ratio = min(ratio, kept[kind] // kept.get("kv-groups", total("kv-groups", shape)))
+    return groups * ratio, groups
 
 
 def _hidden_near(wanted: float, shape: ModelShape, kept: Mapping[Kind, int], multiple_of: int) -> int:
@@ -122,20 +132,18 @@ def _hidden_near(wanted: float, shape: ModelShape, kept: Mapping[Kind, int], mul
 
 
 def layer_widths(kept: Mapping[Kind, int], shape: ModelShape, layer: int) -> Widths:
-    """What one layer keeps where every layer keeps as many of each kind."""
-    mixed = has_mixer(shape, layer)
-    heads, groups = _heads("ssm-heads" if mixed else "attention-heads", shape, kept)
-    full = Widths.of(shape)
-    return Widths(
-        kept.get("hidden", full.hidden), kept.get("intermediate", full.intermediate), heads, groups,
-        kept.get("ssm-channels", full.value_lanes) if mixed else full.value_lanes,
-    )  # fmt: skip
+    """What one layer keeps where every layer keeps at most so many of each kind."""
+    full, mixed = Widths.of(shape, layer), has_mixer(shape, layer)
+    heads, groups = _heads("ssm-heads" if mixed else "attention-heads", shape, layer, kept)
+    lanes = min(full.value_lanes, kept.get("ssm-channels", full.value_lanes)) if mixed else full.value_lanes
+    intermediate = min(full.intermediate, kept.get("intermediate", full.intermediate))
+    return Widths(kept.get("hidden", full.hidden), intermediate, heads, groups, lanes)
 
 
 def problems(keep: Mapping[Kind, Ask], shape: ModelShape, multiple_of: int, explicit_step: bool) -> Iterator[Problem]:
     """What of `keep` this model can't have; `where` is `keep.KIND`."""
     kept = counts(keep, shape, multiple_of)
-    groups = kept.get("kv-groups", shape.num_key_value_heads)
+    groups = kept.get("kv-groups", total("kv-groups", shape))
     for kind, number in kept.items():
         whole = total(kind, shape)
         if kind.startswith("ssm") and not any(shape.mixers):
@@ -149,7 +157,7 @@ def problems(keep: Mapping[Kind, Ask], shape: ModelShape, multiple_of: int, expl
             by = step(kind, shape, groups, multiple_of if explicit_step else 1)
             yield from _no_multiple(kind, number, by, whole, f"each of {groups} key/value heads keeps as many"
                                     if kind.endswith("heads") else f"multiple_of is {by}")  # fmt: skip
-            ratio = shape.num_attention_heads // shape.num_key_value_heads
+            ratio = total(kind, shape) // total("kv-groups", shape)
             if kind.endswith("heads") and ratio > 1 and number > groups * ratio:
                 what = f"{number} query heads, where {groups} key/value heads are read by {groups * ratio}"
                 yield Problem(f"keep.{kind}", what, f"at most {groups * ratio}")
@@ -166,12 +174,26 @@ def _no_multiple(kind: Kind, number: int, by: int, whole: int, reason: str) -> I
 
 
 def narrowed(shape: ModelShape, widths: Sequence[Widths]) -> ModelShape:
-    """The shape of the model whose layers have these widths; of several, those of its softmax layers."""
-    first = next((w for layer, w in enumerate(widths) if not has_mixer(shape, layer)), widths[0])
-    return replace(
-        shape, hidden_size=first.hidden, intermediate_size=round(sum(w.intermediate for w in widths) / len(widths)),
-        num_attention_heads=first.heads, num_key_value_heads=first.groups, head_dim=shape.head_dim,
+    """The shape of the model whose layers have these widths."""
+    main, alike = widest(shape, widths)
+    own = () if alike else tuple(
+        LayerWidths(w.heads, w.groups, w.intermediate, shape.head_dim, w.value_lanes) for w in widths
     )  # fmt: skip
+    return replace(
+        shape, hidden_size=main.hidden, intermediate_size=main.intermediate, num_attention_heads=main.heads,
+        num_key_value_heads=main.groups, head_dim=shape.head_dim, layer_widths=own,
+    )  # fmt: skip
+
+
+def widest(shape: ModelShape, widths: Sequence[Widths]) -> tuple[Widths, bool]:
+    """The widths of the widest layer with softmax attention, if there is one, and whether all layers have the same.
+
+    value_lanes: the model's head_dim, which a layer's may differ from.
+    """
+    softmax = [width for layer, width in enumerate(widths) if not has_mixer(shape, layer)] or list(widths)
+    heads, groups = max((width.heads, width.groups) for width in softmax)
+    main = Widths(widths[0].hidden, max(w.intermediate for w in widths), heads, groups, shape.head_dim)
+    return main, all(width == main for width in widths)
 
 
 Cost = Callable[[Mapping[Kind, int]], int]

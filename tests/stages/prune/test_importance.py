@@ -135,7 +135,7 @@ def test_global_allocation_keeps_the_total_and_follows_the_scores(tmp_path: Path
     ]
     widths = allocated(Importance(torch.ones(64), layers, ""), shape, {"intermediate": 48}, 16)
     assert [width.intermediate for width in widths] == [80, 16]
-    assert Widths.of(shape).heads == widths[0].heads == 4
+    assert Widths.of(shape, 0).heads == widths[0].heads == 4
     assert _shared_out([[3.0, 1.0], [2.0, 0.5]], 3) == [2, 1]
 
 
