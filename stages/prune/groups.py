@@ -221,6 +221,9 @@ class PruneGroups(Stage):
             return importance.at_random(parts, context.seed)
         if self.by == "magnitude":
             return importance.magnitude(parts, placed)
+        if self.by == "taylor" and parts.lm_head is None:
+            what = "taylor needs the loss of the next token, and this model does not predict it"
+            raise StageFailed(f"{self.name}.by", what, "use activation")
         batches = batches_of(self._blocks(context))
         units = Units(self.name, context.work / "importance", log=context.reporter.log)
         with context.reporter.progress("scoring groups", len(batches)) as advance:
