@@ -16,13 +16,11 @@ INDEX = "model.safetensors.index.json"
 MODULES = "modules.json"
 VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "*.model", "*.spm", "*.tiktoken", "tekken.json")
 """Each of them makes a tokenizer: `tokenizer.model`, `spiece.model`, `sentencepiece.bpe.model` and so on."""
-VOCABULARY = "vocabulary.json"
-"""Which token of its source each token of a reduced vocabulary is."""
 LICENCES = ("[Ll][Ii][Cc][Ee][Nn][CcSs][Ee]*", "COPYING*", "NOTICE*", "USE_POLICY*")
 CARDS = (*LICENCES, "README.md")
 """The source's licence and card: they travel along without being part of the model's key."""
 COMPANIONS = (
-    *VOCABULARIES, VOCABULARY, "tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json",
+    *VOCABULARIES, "tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json",
     "chat_template*", "additional_chat_templates/*.jinja",
     "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
     "generation_config.json", MODULES, "sentence_bert_config.json", "config_sentence_transformers.json",
