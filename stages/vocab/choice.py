@@ -1,4 +1,4 @@
-"""Which tokens stay: what any text needs, then what this text uses most with its merge parents, then the rest by rank."""
+"""Which tokens stay: what any text needs, what this text uses most with its merge parents, and the rest by rank."""
 
 from __future__ import annotations
 

@@ -17,7 +17,6 @@ from compress.stage import Stage, StageContext
 
 if TYPE_CHECKING:
     from compress.stages.vocab.choice import Choice, Counts
-    from compress.stages.vocab.tokens import Vocabulary
 
 _BLOCK = 256
 """Tokens of the blocks that the counted text is spread over."""
@@ -102,7 +101,7 @@ class ReduceVocab(Stage):
         rewrite_folder(context.out, parsed, choice.new_ids)
         ratio = lengthening(context.data.texts("train"), vocabulary, context.out)
         context.reporter.log.info(
-            "reduce-vocab: %d of %d tokens stay (%d whatever the text, %d by use, %d by rank); a text has %.3fx the tokens",
+            "reduce-vocab: %d of %d tokens stay: %d in any case, %d by use, %d by rank; text has %.3fx the tokens",
             len(choice.kept), len(counts_V), choice.num_indispensable, choice.num_by_use, choice.num_by_rank, ratio,
         )  # fmt: skip
         figures = {"vocab_size": float(len(choice.kept)), "coverage": choice.coverage, "tokens_ratio": ratio}

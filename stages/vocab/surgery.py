@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -19,11 +19,11 @@ def keep_tokens(model: PreTrainedModel, kept: Sequence[int]) -> None:
     """
     parts = Parts(model)
     embedding: Any = parts.backbone_module(parts.family.token_embedding)
-    head: Any = model.get_output_embeddings()
-    sliced: dict[int, nn.Parameter] = {}
-    for parameter in (embedding.weight, *((head.weight, head.bias) if head is not None else ())):
-        if parameter is not None and id(parameter) not in sliced:
-            sliced[id(parameter)] = nn.Parameter(parameter.detach()[torch.as_tensor(list(kept))].clone())
+    head: Any = cast(Any, model).get_output_embeddings()
+    sliced = {
+        id(parameter): nn.Parameter(parameter.detach()[torch.as_tensor(list(kept))].clone())
+        for parameter in (embedding.weight, *_of_head(model, head))
+    }
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             if id(parameter) in sliced:
@@ -34,3 +34,12 @@ def keep_tokens(model: PreTrainedModel, kept: Sequence[int]) -> None:
     if head is not None:
         head.out_features = len(kept)
     model.config.vocab_size = len(kept)
+
+
+def _of_head(model: PreTrainedModel, head: Any) -> Iterator[nn.Parameter]:
+    """The head's weight and bias, and a bias of as many outputs that BERT keeps beside it."""
+    if head is not None:
+        yield from head.parameters()
+        beside = (module for module in model.modules() if any(child is head for child in module.children()))
+        own = (parameter for module in beside for parameter in module.parameters(recurse=False))
+        yield from (parameter for parameter in own if len(parameter) == len(head.weight))

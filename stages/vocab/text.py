@@ -67,7 +67,7 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, name: str | None) -> Iterator[
         for goes_on in (False, True):
             try:
                 yield str(tokenizer.apply_chat_template(
-                    [dict(turn) for turn in chat], name, tokenize=False, add_generation_prompt=goes_on,
+                    [dict(turn) for turn in chat], chat_template=name, tokenize=False, add_generation_prompt=goes_on,
                 ))  # fmt: skip
             except TemplateError:
                 continue

@@ -121,7 +121,8 @@ class Vocabulary:
     @cached_property
     def _alphabet(self) -> frozenset[str] | None:
         """What any text is written in before its characters are merged; None where that is any character."""
-        if any(part.get("type") == "ByteLevel" for name in ("normalizer", "pre_tokenizer") for part in self._part(name)):
+        parts = (part for name in ("normalizer", "pre_tokenizer") for part in self._part(name))
+        if any(part.get("type") == "ByteLevel" for part in parts):
             return frozenset(ByteLevel.alphabet())
         return frozenset() if self._falls_back else None
 

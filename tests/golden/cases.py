@@ -58,6 +58,11 @@ CASES: Mapping[str, Mapping[str, Case]] = {
         "listed-hybrid": _of("hybrid", drop=[0]),
         "encoder": _of("bert", drop=1, by="leave-one-out", **_SCORING),
     },
+    "reduce-vocab": {
+        "keep": _of("llama", keep=400, tokens=4096),
+        "coverage-untied": _of("llama-untied", coverage=0.9, tokens=4096),
+        "encoder": _of("bert", keep=300, tokens=1024),
+    },
     "convert-attention": {
         "linear": Case({"to": "linear", "convert": [1], "align": None, "distill": None}, LLAMA),
         "linear-chosen": Case({"to": "linear", "convert": 1, "window": 6, **_CONVERT}, LLAMA),

@@ -101,6 +101,7 @@ DIFFERENT: dict[str, dict[str, list[Any]]] = {
         **{f"align.{name}": values for name, values in STEPS.items()},
         **{f"distill.{name}": values for name, values in TRAINING.items()}, "distill.mixer_learning_rate": [1e-3, 2e-3],
     },
+    "reduce-vocab": {"keep": [300, 400], "coverage": [0.9, 0.99, 1.0], "tokens": [4096, 8192]},
     "distill": TAUGHT,
     "quantize": {**QUANTISING, "tokens": [4096, 8192], "sequence_length": [128, 256]},
     "qat": {
@@ -133,11 +134,13 @@ DIFFERENT: dict[str, dict[str, list[Any]]] = {
 }  # fmt: skip
 """By stage and option: values of which any two make another artifact."""
 BASE: dict[str, dict[str, Any]] = {
-    "prune-layers": {"keep": 4}, "convert-attention": {"to": "gated-linear", "convert": 4},
+    "prune-layers": {"keep": 4}, "reduce-vocab": {"keep": 400},
+    "convert-attention": {"to": "gated-linear", "convert": 4},
     "choose-format": {"schemes": ["fp32", "w4-block32"], "prompts": [64]}, "latency": {"prompts": [64]},
 }  # fmt: skip
 NEEDED: dict[tuple[str, str], dict[str, Any]] = {
-    ("prune-layers", "drop"): {"keep": OUT}, ("convert-attention", "keep"): {"convert": OUT},
+    ("prune-layers", "drop"): {"keep": OUT}, ("reduce-vocab", "coverage"): {"keep": OUT},
+    ("convert-attention", "keep"): {"convert": OUT},
     ("convert-attention", "kl_tokens"): {"select": "kl"},
     ("quantize", "smoothing"): {"scheme": "w8a8-dynamic", "scaling": "smoothquant"},
     ("quantize", "exceptions"): {"scheme": "w8a8-dynamic"}, ("quantize", "reduce_range"): {"scheme": "w8a8-dynamic"},
@@ -200,6 +203,7 @@ SAME: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("prune-layers", {"keep": [0, 2, 1, 3]}, {"drop": [7, 6, 5, 4]}),
     ("prune-layers", {"keep": [0]}, {"keep": [0], "tokens": 999, "sequence_length": 64}),
     ("prune-layers", {"keep": 4, "by": "random"}, {"keep": 4, "by": "random", "tokens": 999, "sequence_length": 64}),
+    ("reduce-vocab", {"keep": 400}, {"keep": 400, "tokens": 2_000_000}),
     ("convert-attention", {"to": "linear"}, {"to": "linear", "window": 64}),
     ("convert-attention", {"to": "linear"}, {"to": "linear", "keep": 0}),
     ("convert-attention", {"to": "linear"}, {"to": "linear", "feature_map": "hedgehog"}),
