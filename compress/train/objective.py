@@ -25,6 +25,7 @@ from compress.train.losses import (
     skew_kl,
 )
 from compress.train.options import LossWeights
+from compress.train.vocabularies import NOWHERE
 
 Batch = Mapping[str, Tensor]
 
@@ -60,13 +61,17 @@ class Objective:
     layer_map: Sequence[tuple[int, int]] = ()
     """Pairs of (student, teacher) indices into `hidden_states`, where 0 is the embedding's output."""
 
-    def per_item(self, student_NV: Tensor, teacher_NV: Tensor, labels_N: Tensor) -> Tensor:
-        """(N,): the weighted losses on logits; 0 where the label is IGNORED."""
+    def per_item(self, student_NV: Tensor, teacher_NV: Tensor, labels_N: Tensor, taught_N: Tensor) -> Tensor:
+        """(N,): the weighted losses on logits; 0 where the label is IGNORED.
+
+        taught_N: where the teacher says something; elsewhere cross-entropy alone counts.
+        """
         loss_N = torch.zeros(len(labels_N), device=student_NV.device)
         if self.weights.kl:
             loss_N = loss_N + self.weights.kl * forward_kl(student_NV, teacher_NV, self.temperature)
         if self.weights.skew_kl:
             loss_N = loss_N + self.weights.skew_kl * skew_kl(student_NV, teacher_NV)
+        loss_N = loss_N * taught_N
         if self.weights.ce:
             loss_N = loss_N + self.weights.ce * cross_entropy(student_NV, labels_N)
         return loss_N * (labels_N != IGNORED)
@@ -78,7 +83,7 @@ class Objective:
         if weights.kl or weights.skew_kl or weights.ce:
             student_NV = item_logits(student, labels)
             teacher_NV = student_NV.detach() if teacher is None else item_logits(teacher, labels)
-            others = teacher_NV, labels.flatten()
+            others = teacher_NV, labels.flatten(), taught(batch)
             total = total + chunked_sum(self.per_item, [student_NV], others, student_NV.shape[-1])
         return total if teacher is None else total + self._between_layers(student, teacher, token_weights(batch))
 
@@ -101,6 +106,13 @@ class Objective:
             divergences_L = torch.stack([map_divergence(*pair, weights_BT) for pair in pairs])
             total = total + self.weights.attention_map * divergences_L.mean()
         return total
+
+
+def taught(batch: Batch) -> Tensor:
+    """(N,), one a label: whether the teacher says something there; everywhere, if its vocabulary is the same."""
+    if "places" in batch:
+        return (batch["places"] != NOWHERE).flatten()
+    return torch.ones_like(batch["labels"], dtype=torch.bool).flatten()
 
 
 def token_weights(batch: Batch) -> Tensor:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from compress.models.sources import Source
-    from compress.train.engine import Ids
+    from compress.train.trainer import Sequences
 
 TEACHER = "teacher"
 _FIGURES = {
@@ -81,7 +81,7 @@ class TaughtOptions(TrainingOptions):
         """Changes that make a training two steps long, with the pipeline's own random twin for a teacher."""
         return {**super().twin_options(), "teacher_model": None, "teacher_bits": None}
 
-    def lessons(self, context: StageContext) -> tuple[Path | None, Ids, Ids]:
+    def lessons(self, context: StageContext) -> tuple[Path | None, Sequences, Sequences]:
         """The teacher to learn from, None where none is needed, and what to train on and to judge on.
 
         Raises StageFailed where there is too little text, or for a teacher that is no torch model or whose tokenizer
@@ -89,12 +89,9 @@ class TaughtOptions(TrainingOptions):
         """
         from compress.models.load import load_tokenizer
         from compress.train.engine import training_ids
-        from compress.train.teacher import check_same_vocabulary
 
         teacher = self._teacher_folder(context)
         tokenizer = load_tokenizer(context.input.path)
-        if teacher is not None:
-            check_same_vocabulary(tokenizer, load_tokenizer(teacher))
         ids = training_ids(self, tokenizer, context, teacher, self.teacher_bits)
         return teacher if self.loss.needs_teacher else None, *ids
 
@@ -114,6 +111,12 @@ def answering_layers(student: PreTrainedModel, teacher: PreTrainedModel | None, 
     if teacher is None:
         return []
     return list(layer_map(len(Parts(student).layers), len(Parts(teacher).layers), dropped_layers(folder)))
+
+
+def shared_positions(train_NT: Sequences) -> dict[str, float]:
+    """Of how much of what is predicted a teacher with more tokens says something; nothing where it has the same."""
+    share = getattr(train_NT, "shared_positions", None)
+    return {} if share is None else {"shared_positions": share}
 
 
 def figures(evaluation: Mapping[str, float]) -> dict[str, float]:
