@@ -13,17 +13,21 @@ from compress.errors import Problem
 from compress.models.anatomy import ModelShape
 from compress.stage import SOURCE, Given, Ref, Stage, StageContext
 
-FIGURES = ("perplexity", "perplexity_ratio", "kl", "top1_agreement", "cosine")
+FIGURES = (
+    "perplexity", "perplexity_ratio", "bits_per_byte", "bits_per_byte_ratio", "kl", "top1_agreement", "cosine",
+)  # fmt: skip
 
 
 class Evaluate(Stage):
-    """Perplexity of any artifact, and its KL, top-1 agreement and paired perplexity ratio against the source.
+    """Perplexity and bits per byte of any artifact, and its KL, top-1 agreement and paired ratios against the source.
 
-    With `recall: {}`, also what short texts hide: how well it remembers what it has read, beside the source.
+    Where the two have different vocabularies, each reads its own tokens of the same text, and only bits per byte are
+    compared. With `recall: {}`, also what short texts hide: how well it remembers what it has read, beside the source.
     """
 
     name: ClassVar[str] = "evaluate"
-    summary: ClassVar[str] = "perplexity, KL and top-1 agreement against the source, with standard errors"
+    version: ClassVar[int] = 2
+    summary: ClassVar[str] = "perplexity, bits per byte, KL and top-1 agreement against the source, with their errors"
     accepts: ClassVar[frozenset[Format]] = frozenset({"torch", "quantized", "onnx"})
     returns: ClassVar[Format] = "measurement"
     splits: ClassVar[frozenset[Literal["train", "eval"]]] = frozenset({"eval"})

@@ -14,6 +14,7 @@ from compress.benchmarks import quality
 from compress.benchmarks.quality import Estimate, Floats, Ints
 from compress.benchmarks.recollection import Recollection
 from compress.benchmarks.scorers import Scorer, Task
+from compress.data.spelling import lengths_of
 from compress.errors import StageFailed
 from compress.stage import Progress
 from compress.units import UNKEPT, Units
@@ -23,23 +24,33 @@ _MASKED_SHARE = 0.15  # of a masked language model's tokens, as in its own train
 
 @dataclass(frozen=True)
 class Question:
-    """What a model is shown (ids, (T,)), which rows of its answer count, and the true token of each (R,), if any."""
+    """What a model is shown (ids, (T,)), which rows of its answer count, and the true token of each (R,), if any.
+
+    num_bytes: of the text that those tokens spell; 0 where that says nothing. theirs: the same text as the reference is
+    shown it, where its vocabulary is another.
+    """
 
     ids_T: Ints
     rows: Ints | slice
     targets_R: Ints | None
+    num_bytes: int = 0
+    theirs: Question | None = None
 
 
 @dataclass(frozen=True)
 class Evaluation:
     """Sums over each of N blocks, by figure, and the number of predictions (N,) that they are sums of.
 
-    num_tokens: how many tokens of text the models were shown. recollection: what they remembered, where it was asked.
+    num_bytes_N: of the text that was predicted, where all of it was. num_tokens: how many tokens of text the model was
+    shown. same_tokens: whether the reference was shown the same ones. recollection: what they remembered, where it was
+    asked.
     """
 
     num_predictions_N: Ints
     sums: Mapping[str, NDArray[np.float64]]
+    num_bytes_N: Ints
     num_tokens: int
+    same_tokens: bool = True
     recollection: Recollection | None = None
 
     def mean(self, figure: str) -> Estimate:
@@ -47,14 +58,18 @@ class Evaluation:
         return quality.cluster_mean(self.sums[figure], self.num_predictions_N)
 
     def result(self) -> dict[str, float]:
-        """The model's own figures, those of its distance from the reference, and the paired perplexity ratio."""
-        figures: dict[str, float] = {}
-        if "nll" in self.sums:
-            figures |= _named("perplexity", quality.exponential(self.mean("nll")))
-        if "nll" in self.sums and "reference_nll" in self.sums:
+        """The model's own figures, those of its distance from the reference, and the paired ratios.
+
+        Where the two have different vocabularies there are no perplexities, which could not be compared.
+        """
+        figures = self._of("nll")
+        if self.same_tokens and "nll" in self.sums and "reference_nll" in self.sums:
             difference_N = self.sums["nll"] - self.sums["reference_nll"]
             paired = quality.cluster_mean(difference_N, self.num_predictions_N)
             figures |= _named("perplexity_ratio", quality.exponential(paired))
+        if "reference_nll" in self.sums and self.num_bytes_N.any():
+            ratio = quality.cluster_mean(self.sums["nll"], self.sums["reference_nll"])
+            figures |= _named("bits_per_byte_ratio", ratio)
         for figure in ("kl", "top1_agreement", "cosine"):
             if figure in self.sums:
                 figures |= _named(figure, self.mean(figure))
@@ -65,23 +80,34 @@ class Evaluation:
         if "reference_nll" not in self.sums:
             return {}
         remembered = self.recollection.reference() if self.recollection else {}
-        return _named("perplexity", quality.exponential(self.mean("reference_nll"))) | remembered
+        return self._of("reference_nll") | remembered
 
     def to_json(self) -> dict[str, Any]:
         """Each block's sums, so that a later comparison on the same blocks can be paired."""
         sums = {figure: values.tolist() for figure, values in self.sums.items()}
         recall = {"recall": self.recollection.to_json()} if self.recollection else {}
         num_blocks = len(self.num_predictions_N)
-        return {"num_blocks": num_blocks, "num_predictions": self.num_predictions_N.tolist()} | sums | recall
+        counts = {"num_predictions": self.num_predictions_N.tolist(), "num_bytes": self.num_bytes_N.tolist()}
+        return {"num_blocks": num_blocks, **counts} | sums | recall
+
+    def _of(self, nll: str) -> dict[str, float]:
+        """What follows from one model's negative log-likelihoods, if it has any."""
+        figures: dict[str, float] = {}
+        if nll in self.sums and self.same_tokens:
+            figures |= _named("perplexity", quality.exponential(self.mean(nll)))
+        if nll in self.sums and self.num_bytes_N.any():
+            figures |= _named("bits_per_byte", quality.bits_per_byte(self.sums[nll], self.num_bytes_N))
+        return figures
 
 
-def questions(blocks_NT: Ints, task: Task, mask_id: int | None = None) -> list[Question]:
+def questions(blocks_NT: Ints, task: Task, mask_id: int | None = None, lengths_V: Ints | None = None) -> list[Question]:
     """One question a block: the next token of every prefix, or the hidden tokens of a masked language model.
 
-    Which tokens are hidden depends on the block's number only, so every model is asked the same.
+    Which tokens are hidden depends on the block's number only, so every model is asked the same. lengths_V: how many
+    bytes of text each token spells.
     """
     if task == "causal":
-        return [Question(ids_T, slice(0, -1), ids_T[1:]) for ids_T in blocks_NT]
+        return [next_tokens(ids_T, 1, lengths_V) for ids_T in blocks_NT]
     if task != "masked" or mask_id is None:
         return [Question(ids_T, slice(None), None) for ids_T in blocks_NT]
     asked = []
@@ -93,6 +119,13 @@ def questions(blocks_NT: Ints, task: Task, mask_id: int | None = None) -> list[Q
         hidden_T[rows] = mask_id
         asked.append(Question(hidden_T, rows, ids_T[rows]))
     return asked
+
+
+def next_tokens(ids_T: Ints, first: int, lengths_V: Ints | None) -> Question:
+    """What each token is from the `first` on, given all before it."""
+    targets_R = ids_T[first:]
+    num_bytes = 0 if lengths_V is None else int(lengths_of(targets_R, lengths_V).sum())
+    return Question(ids_T, slice(first - 1, -1), targets_R, num_bytes)
 
 
 def evaluate(
@@ -109,8 +142,8 @@ def evaluate(
         answer = _finite(score(question.ids_T, question.rows), number)
         theirs = None
         if reference is not None:
-            same = reference is score
-            theirs = answer if same else _finite(reference(question.ids_T, question.rows), number)
+            same, shown = reference is score, question.theirs or question
+            theirs = answer if same else _finite(reference(shown.ids_T, shown.rows), number)
         sums = {figure: float(values.sum()) for figure, values in _figures(answer, theirs, question, task)}
         return {"sums": sums, "predictions": len(answer)}
 
@@ -120,7 +153,9 @@ def evaluate(
         advance(1)
     sums = {figure: np.array([each["sums"][figure] for each in found]) for figure in found[0]["sums"]}
     counts = np.array([each["predictions"] for each in found])
-    return Evaluation(counts, sums, sum(len(question.ids_T) for question in asked))
+    num_bytes = np.array([question.num_bytes for question in asked])
+    num_tokens = sum(len(question.ids_T) for question in asked)
+    return Evaluation(counts, sums, num_bytes, num_tokens, all(question.theirs is None for question in asked))
 
 
 def _figures(
@@ -129,8 +164,10 @@ def _figures(
     if question.targets_R is not None:
         yield "nll", quality.token_nll(answer, question.targets_R)
         if theirs is not None:
-            yield "reference_nll", quality.token_nll(theirs, question.targets_R)
-    if theirs is None:
+            targets_R = (question.theirs or question).targets_R
+            assert targets_R is not None
+            yield "reference_nll", quality.token_nll(theirs, targets_R)
+    if theirs is None or (question.theirs is not None and task == "causal"):
         return
     if task == "embedding":
         yield "cosine", quality.cosine(theirs, answer)

@@ -14,6 +14,8 @@ from compress.benchmarks.quality import Floats, Ints
 from compress.benchmarks.recall import Recall
 from compress.benchmarks.recollection import recollect
 from compress.benchmarks.scorers import Scorer, Task, logits_of, open_scorer, task_of
+from compress.benchmarks.vocabularies import check_comparable, edges, two_ways
+from compress.data.spelling import spelled_bytes
 from compress.data.text import TextData
 from compress.errors import StageFailed
 from compress.models.anatomy import shape_of
@@ -35,17 +37,23 @@ def judge(
 ) -> Evaluation:  # fmt: skip
     """Evaluate the model in `subject` on the eval split, beside the one in `reference` where there is one.
 
-    recall: what else is asked, of language models only, and where. units: what they hold is not asked again.
-    Raises StageFailed where the two folders' tokenizers disagree on this text (then no figure of one could be held
-    against the other's), where the text is too short, or where a model's output is not finite.
+    recall: what else is asked, of language models only, and where; of the subject alone where its vocabulary is not the
+    reference's. units: what they hold is not asked again. Where the two tokenizers disagree on this text, each model
+    reads its own tokens of the same pieces of it, see `two_ways`.
+    Raises StageFailed where the text is too short, or where a model's output is not finite.
     """
     task = task_of(reference or subject)
-    tokenizer = load_tokenizer(reference or subject)
+    tokenizer = load_tokenizer(subject)
     asked = asked_of(data, tokenizer, task, sequence_length, max_tokens)
+    alike = True
     if reference is not None and not _same_tokenizer_file(subject, reference):
-        theirs = asked_of(data, load_tokenizer(subject), task, sequence_length, max_tokens)
-        if [question.ids_T.tolist() for question in asked] != [question.ids_T.tolist() for question in theirs]:
-            raise StageFailed("evaluate", f"the tokenizers of {subject} and {reference} differ", "use the same one")
+        other = load_tokenizer(reference)
+        theirs = asked_of(data, other, task, sequence_length, max_tokens)
+        alike = [question.ids_T.tolist() for question in asked] == [question.ids_T.tolist() for question in theirs]
+        if not alike:
+            check_comparable(subject, task)
+            asked = two_ways(data, tokenizer, other, task, sequence_length, max_tokens)
+            reporter.log.info("evaluate: two vocabularies: bits per byte of the same text, and no perplexities")
     # before any model is loaded: the text may be too short
     material = None if recall is None else _material(data, tokenizer, recall)
     score = open_scorer(subject, task, threads=threads)
@@ -58,7 +66,8 @@ def judge(
     if recall is None or material is None:
         return found
     with reporter.progress("recall", recall.samples) as advance:
-        return replace(found, recollection=recollect(score, beside, *material, recall, advance, units))
+        asks = (score, beside if alike else None)
+        return replace(found, recollection=recollect(*asks, *material, recall, advance, units))
 
 
 def _of_channels(score: Scorer, subject: Path, reference: Path) -> Scorer:
@@ -99,7 +108,8 @@ def asked_of(
     blocks_NT = _blocks(data, tokenizer, inner, max_tokens, "sequence_length")
     if task != "causal":
         blocks_NT = _with_edges(blocks_NT, tokenizer)
-    return questions(blocks_NT, task, tokenizer.mask_token_id)
+    lengths_V = spelled_bytes(tokenizer) if task == "causal" else None
+    return questions(blocks_NT, task, tokenizer.mask_token_id, lengths_V)
 
 
 def _blocks(data: TextData, tokenizer: PreTrainedTokenizerBase, length: int, max_tokens: int, option: str) -> Ints:
@@ -127,7 +137,7 @@ def _material(data: TextData, tokenizer: PreTrainedTokenizerBase, recall: Recall
 
 def _with_edges(blocks_NT: Ints, tokenizer: PreTrainedTokenizerBase) -> Ints:
     """Each block between an encoder's first and last token, where its tokenizer has them."""
-    first, last = ([] if edge is None else [edge] for edge in (tokenizer.cls_token_id, tokenizer.sep_token_id))
+    first, last = edges(tokenizer)
     return np.array([[*first, *block_T, *last] for block_T in blocks_NT], np.int64)
 
 

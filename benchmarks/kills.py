@@ -52,6 +52,7 @@ PIPELINES: Mapping[str, Sequence[Mapping[str, Any]]] = {
         {"latency": {**_RACE, "baselines": ["source"]}},
     ],
     "trained": [
+        {"reduce-vocab": {"keep": 480, "tokens": 4096}},
         {"prune-groups": {"keep": {"intermediate": 0.75}, "tokens": 4096, "sequence_length": 64}},
         {"qat": {**_SHORT, "scheme": "w4-block64", "warm_start": ["w8-block64"], "tokens": 2048}},
         {"export-onnx": {}},

@@ -64,9 +64,10 @@ def cosine(reference_TH: Floats, other_TH: Floats) -> NDArray[np.float64]:
     return np.asarray(dot_T / norms_T, np.float64)
 
 
-def cluster_mean(sums_N: Floats, counts_N: Ints) -> Estimate:
+def cluster_mean(sums_N: Floats, counts_N: Floats | Ints) -> Estimate:
     """The mean over all tokens, from each block's sum and number of tokens, and its standard error over blocks.
 
+    Or the ratio of any two sums over the same blocks, which makes it a paired comparison.
     m = Σs/Σc, SE² = N/(N−1)·Σ(s_i − m·c_i)² / (Σc)². The error of a single block is unknown: nan.
     """
     num_blocks, num_tokens = len(sums_N), float(counts_N.sum())
@@ -75,6 +76,12 @@ def cluster_mean(sums_N: Floats, counts_N: Ints) -> Estimate:
         return Estimate(mean, math.nan)
     residuals_N = sums_N - mean * counts_N
     return Estimate(mean, math.sqrt(num_blocks / (num_blocks - 1) * float((residuals_N**2).sum())) / num_tokens)
+
+
+def bits_per_byte(nats_N: Floats, bytes_N: Ints) -> Estimate:
+    """Bits that a model needs for a byte of text, from each block's negative log-likelihood and its UTF-8 bytes."""
+    nats = cluster_mean(nats_N, bytes_N)
+    return Estimate(nats.value / math.log(2), nats.se / math.log(2))
 
 
 def exponential(log: Estimate) -> Estimate:

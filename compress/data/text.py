@@ -59,17 +59,10 @@ class TextData:
         """
         import numpy as np
 
-        ids = _token_ids(self.texts(split), tokenizer)
-        num_blocks = len(ids) // sequence_length
-        num_wanted = num_blocks if max_tokens is None else min(num_blocks, max_tokens // sequence_length)
-        if num_wanted == 0:
-            has = f"the {split} text has {len(ids)} tokens" if num_blocks == 0 else f"max_tokens is {max_tokens}"
-            raise StageFailed(
-                f"data.{split}", f"{has} and one block needs {sequence_length}", "add text, or shorten sequence_length"
-            )
-        packed = np.asarray(ids[: num_blocks * sequence_length], dtype=np.int64).reshape(num_blocks, sequence_length)
-        spread = np.arange(num_wanted) * num_blocks // num_wanted
-        return packed[spread]
+        ids = token_ids(self.texts(split), tokenizer)
+        starts = block_starts(len(ids), sequence_length, max_tokens, split)
+        blocks_NT: np.ndarray[Any, np.dtype[np.int64]] = np.asarray(ids)[starts[:, None] + np.arange(sequence_length)]
+        return blocks_NT
 
     @cached_property
     def _documents(self) -> dict[str, list[str]]:
@@ -134,7 +127,24 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None
         raise StageFailed("tokenizer", what, "use the tokenizer that the model was trained with")
 
 
-def _token_ids(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def block_starts(
+    num_tokens: int, sequence_length: int, max_tokens: int | None, split: Split
+) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Where blocks begin in so many tokens, (num_blocks,): those of `TextData.blocks`. Raises as it does."""
+    import numpy as np
+
+    num_blocks = num_tokens // sequence_length
+    num_wanted = num_blocks if max_tokens is None else min(num_blocks, max_tokens // sequence_length)
+    if num_wanted == 0:
+        has = f"the {split} text has {num_tokens} tokens" if num_blocks == 0 else f"max_tokens is {max_tokens}"
+        raise StageFailed(
+            f"data.{split}", f"{has} and one block needs {sequence_length}", "add text, or shorten sequence_length"
+        )
+    return np.arange(num_wanted) * num_blocks // num_wanted * sequence_length
+
+
+def token_ids(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens of all documents, each ended by the tokenizer's end (or separator) token, if it has one."""
     ends = (tokenizer.eos_token_id, tokenizer.sep_token_id)
     end = next((id_ for id_ in ends if isinstance(id_, int)), None)
     encoded: list[list[int]] = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]

@@ -17,13 +17,15 @@ MODULES = "modules.json"
 VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "*.model", "*.spm", "*.tiktoken", "tekken.json")
 """Each of them makes a tokenizer: `tokenizer.model`, `spiece.model`, `sentencepiece.bpe.model` and so on."""
 LICENCES = ("[Ll][Ii][Cc][Ee][Nn][CcSs][Ee]*", "COPYING*", "NOTICE*", "USE_POLICY*")
+VOCABULARY = "vocabulary.json"
+"""Which tokens of its source a model with a smaller vocabulary has: `reduce-vocab` writes it."""
 CARDS = (*LICENCES, "README.md")
 """The source's licence and card: they travel along without being part of the model's key."""
 COMPANIONS = (
     *VOCABULARIES, "tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json",
     "chat_template*", "additional_chat_templates/*.jinja",
     "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
-    "generation_config.json", MODULES, "sentence_bert_config.json", "config_sentence_transformers.json",
+    "generation_config.json", VOCABULARY, MODULES, "sentence_bert_config.json", "config_sentence_transformers.json",
 )  # fmt: skip
 """What transformers and sentence-transformers read beside config.json and the weights. It travels with every artifact,
 as does what `modules.json` names."""

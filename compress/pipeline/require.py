@@ -17,15 +17,17 @@ from compress.registry import did_you_mean, stage_class, stage_names
 from compress.stage import INPUT, SOURCE
 
 if TYPE_CHECKING:
-    from compress.pipeline.graph import Graph
+    from compress.pipeline.graph import Graph, GraphNode
 
 Operator = Literal["<=", ">=", "<", ">"]
 RESULT = "result"
 """The subject of a figure that a stage measured on its own artifact (or, for a measurement, on its input)."""
 MODEL_FIGURES = ("parameters", "size_mb")
 """What is measured of every artifact that holds a model, the source among them."""
-DISTANCES = frozenset({"kl", "top1_agreement", "cosine", "perplexity_ratio"})
+DISTANCES = frozenset({"kl", "top1_agreement", "cosine", "perplexity_ratio", "bits_per_byte_ratio"})
 """Figures that compare two models already, so that a baseline has none of its own."""
+OF_TOKENS = ("perplexity", "perplexity_ratio", "kl", "top1_agreement")
+"""Figures that can't be compared between models with different vocabularies: bits per byte stand in their place."""
 
 _HOLDS: Mapping[Operator, Callable[[float, float], bool]] = {
     "<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt,
@@ -110,10 +112,15 @@ def parse_requirement(metric: str, comparison: object, place: str) -> Requiremen
 def unproven(graph: Graph, requirements: Sequence[Requirement]) -> list[Problem]:
     """The requirements whose figure no stage of the graph measures, or not of their baseline."""
     subjects = _subjects(graph)
+    incomparable = {name for node in graph.nodes if not node.hidden for name in _incomparable(graph, node)}
     problems = []
     for need in requirements:
         measured = subjects.get(need.metric, {})
-        if RESULT not in measured:
+        if RESULT not in measured and need.metric in incomparable:
+            what = f"{need.metric} can't be compared between models with different vocabularies"
+            fix = 'give bits_per_byte: "<= 1.05x source", or bits_per_byte_ratio'
+            problems.append(Problem(need.place, what, fix))
+        elif RESULT not in measured:
             what = f"no stage here measures {shown(need.metric)}"
             problems.append(Problem(need.place, what, _who_measures(need.metric, subjects)))
         elif need.baseline and len(namesakes := _namesakes(graph, need.baseline)) > 1:
@@ -149,9 +156,20 @@ def _subjects(graph: Graph) -> dict[str, dict[str, str]]:
         subjects = dict.fromkeys((RESULT, artifact, node.id), artifact)
         # a measurement's other roles are what it measures beside its input
         beside = {role: id_ for role, id_ in node.inputs.items() if measures and role != INPUT}
-        for name in (*(() if measures else MODEL_FIGURES), *node.stage.produces()):
+        measured = set(node.stage.produces()) - set(_incomparable(graph, node))
+        for name in (*(() if measures else MODEL_FIGURES), *measured):
             found.setdefault(name, {}).update(subjects if name in DISTANCES else subjects | beside)
     return found
+
+
+def _incomparable(graph: Graph, node: GraphNode) -> Iterator[str]:
+    """The figures that a measurement can't take, since what it compares its input with has another vocabulary."""
+    if node.stage.returns != "measurement":
+        return
+    shapes = {SOURCE: graph.source_shape} | {other.id: other.shape for other in graph.nodes}
+    sizes = {shape.vocab_size for id_ in node.inputs.values() if (shape := shapes.get(id_)) is not None}
+    if len(sizes) > 1:
+        yield from (name for each in OF_TOKENS for name in (each, f"{each}_se"))
 
 
 def _namesakes(graph: Graph, name: str) -> list[str]:

@@ -15,6 +15,7 @@ _LABELS = {
     "parameters": ("parameters", "M"),
     "size_mb": ("weights on disk", "MB"),
     "perplexity": ("perplexity", ""),
+    "bits_per_byte": ("bits per byte of text", ""),
     "kl": ("KL to the source", "nats"),
     "top1_agreement": ("top-1 agreement", ""),
     "mqar": ("pairs recalled (MQAR) over", ""),
@@ -29,7 +30,8 @@ _LABELS = {
 """The figures that tables show, in this order: what they are called, and their unit."""
 _SCALE = {"parameters": 1e-6}
 _STAGE_LABELS = {
-    "parameters": "params (M)", "size_mb": "MB", "perplexity": "perplexity", "kl": "KL", "top1_agreement": "top-1",
+    "parameters": "params (M)", "size_mb": "MB", "perplexity": "perplexity", "bits_per_byte": "bits/byte",
+    "kl": "KL", "top1_agreement": "top-1",
 }  # fmt: skip
 """The same for the table of stages, which is wide."""
 _RECALL_LABELS = {

@@ -20,6 +20,8 @@ from transformers import (
 )
 
 from compress.errors import StageFailed
+from compress.models.anatomy import shape_of
+from compress.models.load import load_tokenizer
 from compress.stage import Reporter, StageContext
 from compress.train.checkpoints import WEIGHTS, checkpoint_folder
 from compress.train.generated import train_blocks
@@ -27,9 +29,10 @@ from compress.train.launch import is_follower
 from compress.train.objective import Objective
 from compress.train.options import TrainingOptions
 from compress.train.resumable import step_arguments, train
-from compress.train.teacher import answering_channels
-from compress.train.trainer import Blocks, Labelled, RecoveryTrainer
+from compress.train.teacher import answering_channels, check_same_vocabulary
+from compress.train.trainer import Blocks, RecoveryTrainer, Sequences
 from compress.train.trainer import Ids as Ids
+from compress.train.vocabularies import check_objective, is_part_of, two_ways
 
 START = "start.safetensors"
 """The student's weights before the first step, inside `work`."""
@@ -56,16 +59,16 @@ class Outcome:
 
 
 def recover(
-    student: PreTrainedModel, teacher: PreTrainedModel | None, train_NT: Ids | Labelled, eval_NT: Ids | Labelled,
+    student: PreTrainedModel, teacher: PreTrainedModel | None, train_NT: Sequences, eval_NT: Sequences,
     options: TrainingOptions, layer_map: Sequence[tuple[int, int]], work: Path, seed: int, reporter: Reporter,
     rates: Mapping[str, float] | None = None,
 ) -> Outcome:  # fmt: skip
     """Train `student` in place and leave it with the weights of the evaluation with the lowest loss.
 
     The evaluation before the first step counts: where none is better, the student is what it was.
-    train_NT, eval_NT: sequences of tokens, or padded ones with a label each. work: survives kills; a training that was
-    killed goes on from the newest complete checkpoint there, to the same weights (on the CPU, bit for bit). layer_map:
-    see Objective. rates: learning rates of parameters that have one of their own, by name.
+    train_NT, eval_NT: sequences of tokens, in two vocabularies, or padded ones with a label each. work: survives kills;
+    a training that was killed goes on from the newest complete checkpoint there, to the same weights (on the CPU, bit
+    for bit). layer_map: see Objective. rates: learning rates of parameters that have one of their own, by name.
     Raises StageFailed where the loss diverges or the steps can't be divided among the processes.
     """
     if not is_follower():
@@ -98,14 +101,29 @@ def recover(
 def training_ids(
     options: TrainingOptions, tokenizer: PreTrainedTokenizerBase, context: StageContext,
     teacher: Path | None = None, teacher_bits: int | None = None,
-) -> tuple[Ids, Ids]:  # fmt: skip
+) -> tuple[Sequences, Sequences]:  # fmt: skip
     """What to train on, of a pipeline's text or written by the model in `teacher`, and what to judge on, of the text.
 
-    Raises StageFailed where there is too little text, or where the teacher can't write any.
+    In both vocabularies where the teacher has more tokens. Raises StageFailed where there is too little text, where the
+    teacher can't write any, or where its tokenizer is another one.
     """
-    length = options.sequence_length
-    train_NT = train_blocks(options, options.num_tokens, tokenizer, context, teacher, teacher_bits)
-    eval_NT = context.data.blocks("eval", tokenizer, length, max(options.eval_tokens, 2 * length))
+    length, max_eval = options.sequence_length, max(options.eval_tokens, 2 * options.sequence_length)
+    train_NT: Sequences
+    eval_NT: Sequences
+    theirs = None if teacher is None else load_tokenizer(teacher)
+    if theirs is not None and is_part_of(tokenizer, theirs):
+        check_objective(options, shape_of(context.input.config))
+        train_NT = two_ways(context.data, "train", tokenizer, theirs, length, options.num_tokens)
+        eval_NT = two_ways(context.data, "eval", tokenizer, theirs, length, max_eval)
+        context.reporter.log.info(
+            "the teacher has more tokens: it says something of %.1f %% of what is predicted",
+            100 * train_NT.shared_positions,
+        )  # fmt: skip
+    else:
+        if theirs is not None:
+            check_same_vocabulary(tokenizer, theirs)
+        train_NT = train_blocks(options, options.num_tokens, tokenizer, context, teacher, teacher_bits)
+        eval_NT = context.data.blocks("eval", tokenizer, length, max_eval)
     if len(eval_NT) < 2:
         what = f"has fewer than two blocks of {length} tokens"
         raise StageFailed("data.eval", what, "add text, or shorten sequence_length")

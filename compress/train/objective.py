@@ -25,6 +25,7 @@ from compress.train.losses import (
     skew_kl,
 )
 from compress.train.options import LossWeights
+from compress.train.vocabularies import NOWHERE
 
 Batch = Mapping[str, Tensor]
 
@@ -62,13 +63,17 @@ class Objective:
     channels: Sequence[int] | None = None
     """Which of the teacher's channels the student's are; None where both have the same."""
 
-    def per_item(self, student_NV: Tensor, teacher_NV: Tensor, labels_N: Tensor) -> Tensor:
-        """(N,): the weighted losses on logits; 0 where the label is IGNORED."""
+    def per_item(self, student_NV: Tensor, teacher_NV: Tensor, labels_N: Tensor, taught_N: Tensor) -> Tensor:
+        """(N,): the weighted losses on logits; 0 where the label is IGNORED.
+
+        taught_N: where the teacher says something; elsewhere cross-entropy alone counts.
+        """
         loss_N = torch.zeros(len(labels_N), device=student_NV.device)
         if self.weights.kl:
             loss_N = loss_N + self.weights.kl * forward_kl(student_NV, teacher_NV, self.temperature)
         if self.weights.skew_kl:
             loss_N = loss_N + self.weights.skew_kl * skew_kl(student_NV, teacher_NV)
+        loss_N = loss_N * taught_N
         if self.weights.ce:
             loss_N = loss_N + self.weights.ce * cross_entropy(student_NV, labels_N)
         return loss_N * (labels_N != IGNORED)
@@ -80,7 +85,7 @@ class Objective:
         if weights.kl or weights.skew_kl or weights.ce:
             student_NV = item_logits(student, labels)
             teacher_NV = student_NV.detach() if teacher is None else item_logits(teacher, labels)
-            others = teacher_NV, labels.flatten()
+            others = teacher_NV, labels.flatten(), taught(batch)
             total = total + chunked_sum(self.per_item, [student_NV], others, student_NV.shape[-1])
         return total if teacher is None else total + self._between_layers(student, teacher, token_weights(batch))
 
@@ -108,6 +113,13 @@ class Objective:
     def _ours(self, teacher_BTD: Tensor) -> Tensor:
         """Those of the teacher's channels that the student has."""
         return teacher_BTD if self.channels is None else teacher_BTD[..., list(self.channels)]
+
+
+def taught(batch: Batch) -> Tensor:
+    """(N,), one a label: whether the teacher says something there; everywhere, if its vocabulary is the same."""
+    if "places" in batch:
+        return (batch["places"] != NOWHERE).flatten()
+    return torch.ones_like(batch["labels"], dtype=torch.bool).flatten()
 
 
 def token_weights(batch: Batch) -> Tensor:

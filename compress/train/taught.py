@@ -19,7 +19,7 @@ from compress.train.options import LossWeights, TrainingOptions
 
 if TYPE_CHECKING:
     from compress.models.sources import Source
-    from compress.train.engine import Ids
+    from compress.train.trainer import Sequences
 
 TEACHER = "teacher"
 _FIGURES = {
@@ -79,7 +79,7 @@ class TaughtOptions(TrainingOptions):
         """Changes that make a training two steps long, with the pipeline's own random twin for a teacher."""
         return {**super().twin_options(), "teacher_model": None, "teacher_bits": None}
 
-    def lessons(self, context: StageContext) -> tuple[Path | None, Ids, Ids]:
+    def lessons(self, context: StageContext) -> tuple[Path | None, Sequences, Sequences]:
         """The teacher to learn from, None where none is needed, and what to train on and to judge on.
 
         Raises StageFailed where there is too little text, or for a teacher that is no torch model or whose tokenizer
@@ -87,12 +87,9 @@ class TaughtOptions(TrainingOptions):
         """
         from compress.models.load import load_tokenizer
         from compress.train.engine import training_ids
-        from compress.train.teacher import check_same_vocabulary
 
         teacher = self._teacher_folder(context)
         tokenizer = load_tokenizer(context.input.path)
-        if teacher is not None:
-            check_same_vocabulary(tokenizer, load_tokenizer(teacher))
         ids = training_ids(self, tokenizer, context, teacher, self.teacher_bits)
         return teacher if self.loss.needs_teacher else None, *ids
 
@@ -102,6 +99,12 @@ class TaughtOptions(TrainingOptions):
             what = f"{self.teacher!r} is of the format {artifact.format}"
             raise StageFailed(TEACHER, what, "name a stage that returns a torch model")
         return artifact.path if artifact else None
+
+
+def shared_positions(train_NT: Sequences) -> dict[str, float]:
+    """Of how much of what is predicted a teacher with more tokens says something; nothing where it has the same."""
+    share = getattr(train_NT, "shared_positions", None)
+    return {} if share is None else {"shared_positions": share}
 
 
 def figures(evaluation: Mapping[str, float]) -> dict[str, float]:

@@ -15,8 +15,9 @@ from transformers import EvalPrediction, PreTrainedModel, TrainingArguments
 from compress.train.attention import Watch, watches
 from compress.train.distributed import agreed
 from compress.train.losses import IGNORED, cross_entropy, forward_kl
-from compress.train.objective import Objective, Said, item_logits
+from compress.train.objective import Objective, Said, item_logits, taught
 from compress.train.resumable import ResumableTrainer, optimizer_with_rates
+from compress.train.vocabularies import THEIRS, TwoWays, in_students_tokens
 
 FIGURES = ("loss", "kl", "ce", "top1_agreement")
 """What is evaluated of every sequence, each a mean over its items; `nan` for those a model without logits lacks."""
@@ -44,11 +45,18 @@ class Labelled:
         return Labelled(self.ids_NT[rows], self.mask_NT[rows], self.labels_N[rows])
 
 
-class Blocks(Dataset[dict[str, Tensor]]):
-    """Sequences in the order of `rows`: of text (num, T), whose `labels` are the token after each one, or Labelled."""
+Sequences = Ids | Labelled | TwoWays
 
-    def __init__(self, sequences: Ids | Labelled, rows: Sequence[int]) -> None:
+
+class Blocks(Dataset[dict[str, Tensor]]):
+    """Sequences in the order of `rows`: of text (num, T), whose `labels` are the token after each one, or Labelled.
+
+    pieces_W: of text in two vocabularies, see TwoWays.
+    """
+
+    def __init__(self, sequences: Sequences, rows: Sequence[int]) -> None:
         self._sequences = sequences
+        self.pieces_W = torch.from_numpy(sequences.pieces_W) if isinstance(sequences, TwoWays) else None
         self._rows = rows
 
     def __len__(self) -> int:
@@ -59,8 +67,11 @@ class Blocks(Dataset[dict[str, Tensor]]):
         if isinstance(sequences, Labelled):
             columns = {"input_ids": sequences.ids_NT, "attention_mask": sequences.mask_NT, "labels": sequences.labels_N}
             return {name: torch.as_tensor(column[row]) for name, column in columns.items()}
+        theirs: dict[str, Tensor] = {}
+        if isinstance(sequences, TwoWays):
+            theirs, sequences = sequences.theirs(row), sequences.ids_NT
         ids_T = torch.from_numpy(sequences[row])
-        return {"input_ids": ids_T, "labels": torch.cat([ids_T[1:], torch.tensor([IGNORED])])}
+        return {"input_ids": ids_T, "labels": torch.cat([ids_T[1:], torch.tensor([IGNORED])]), **theirs}
 
 
 def _batch(rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -90,6 +101,7 @@ class RecoveryTrainer(ResumableTrainer):
             compute_metrics=_agreed_summary, optimizer_cls_and_kwargs=optimizer,
         )  # fmt: skip
         self._teacher = teacher
+        self._pieces_W = train.pieces_W
         self._objective = objective
         self._watches = watches(student, teacher, objective.weights, objective.layer_map)
         self._options: dict[str, bool] = {"output_hidden_states": objective.weights.hidden > 0}
@@ -138,10 +150,15 @@ class RecoveryTrainer(ResumableTrainer):
         if self._teacher is None:
             return student, None
         with torch.no_grad(), self.accelerator.autocast():
-            return student, self._said(self._teacher, self._watches[1], inputs)
+            if self._pieces_W is None:
+                return student, self._said(self._teacher, self._watches[1], inputs)
+            theirs = self._said(self._teacher, self._watches[1], {"input_ids": inputs["their_ids"]})
+            pieces_W, num_tokens = self._pieces_W.to(theirs.last.device), student.last.shape[-1]
+            last = in_students_tokens(theirs.last, inputs["places"], pieces_W, num_tokens)
+            return student, Said(last, theirs.has_logits)
 
     def _said(self, model: nn.Module, watch: Watch, inputs: dict[str, Tensor]) -> Said:
-        given = {name: each for name, each in inputs.items() if name != "labels"}
+        given = {name: each for name, each in inputs.items() if name not in ("labels", *THEIRS)}
         with watch.noting() as noted:
             output = model(**given, **self._options)
         scores = [noted.scores[layer] for layer in watch.maps]
@@ -158,7 +175,9 @@ class RecoveryTrainer(ResumableTrainer):
             if student.last.dim() == batch["labels"].dim() + 1:
                 ce = cross_entropy(student_NV, labels_N[counted_N]).mean()
             if teacher is not None:
-                teacher_NV = item_logits(teacher, batch["labels"])[counted_N]
+                taught_N = taught(batch)[counted_N]
+                student_NV = student_NV[taught_N]
+                teacher_NV = item_logits(teacher, batch["labels"])[counted_N][taught_N]
                 kl = forward_kl(student_NV, teacher_NV).mean()
                 agreement = (student_NV.argmax(-1) == teacher_NV.argmax(-1)).float().mean()
         return torch.stack([loss, kl, ce, agreement])

@@ -10,7 +10,7 @@ from compress.artifact import MANIFEST, Format, Metrics
 from compress.benchmarks.contest import Budget as TimeBudget
 from compress.benchmarks.evaluate import Evaluate
 from compress.benchmarks.latency import Latency, race
-from compress.errors import Problem, RequirementMissed
+from compress.errors import Problem, RequirementMissed, StageFailed
 from compress.models.anatomy import ModelShape
 from compress.options import counted
 from compress.pipeline.require import RESULT, Verdict
@@ -138,11 +138,20 @@ class ChooseFormat(ChooseOptions, Stage):
             return self.prefer.model_dump()
         return {"prefill": 1.0, "decode": self.new_tokens} if self.prefer == "both" else {self.prefer: 1.0}
 
+    def _refuse_other_vocabulary(self, qualities: Mapping[str, Metrics]) -> None:
+        """Raises StageFailed where candidates have bits per byte alone: no budget is of those."""
+        figures = next(iter(qualities.values()))[RESULT]
+        if "bits_per_byte" in figures and "perplexity" not in figures:
+            what = f"{self.against!r} has another vocabulary, so that no format's perplexity can be held against its"
+            fix = "name the stage that changed the vocabulary, or a later one"
+            raise StageFailed("choose-format.against", what, fix)
+
     def _verdicts(self, context: StageContext) -> dict[str, list[Verdict]]:
         """Each candidate's. Raises RequirementMissed where none is within the budget."""
         from compress.stages.choose.choice import judge
 
         qualities = {name: context.inputs[name + QUALITY].metrics for name in self.ways()}
+        self._refuse_other_vocabulary(qualities)
         budget = self.budget or Budget.usual(next(iter(qualities.values()))[RESULT])
         requirements = budget.requirements(self.against, self.max_size_mb)
         found = {

@@ -32,6 +32,7 @@ from compress.train.generated import train_blocks
 from compress.train.options import AlignOptions
 from compress.train.precision import uses_bf16
 from compress.train.teacher import answering_layers, check_same_vocabulary, fitting_loss, load_teacher
+from compress.train.trainer import Sequences
 from compress.units import Unit, Units
 
 _NUM_BATCH_TOKENS = 1024
@@ -53,7 +54,7 @@ class Job:
     teacher: Path
     align_NT: Ids
     held_NT: Ids
-    distill_ids: tuple[Ids, Ids] | None
+    distill_ids: tuple[Sequences, Sequences] | None
     work: Path
     seed: int
 
@@ -193,7 +194,7 @@ def _moved(
 
 
 def _train(
-    student: PreTrainedModel, teacher: PreTrainedModel, ids: tuple[Ids, Ids], options: HybridTraining,
+    student: PreTrainedModel, teacher: PreTrainedModel, ids: tuple[Sequences, Sequences], options: HybridTraining,
     work: Path, seed: int, reporter: Reporter,
 ) -> Outcome:  # fmt: skip
     parts = Parts(student)

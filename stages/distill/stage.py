@@ -12,13 +12,13 @@ from compress.errors import Problem
 from compress.models.anatomy import ModelShape
 from compress.options import counted
 from compress.stage import Given, OtherModel, Ref, Reporter, Stage, StageContext
-from compress.train.taught import TaughtOptions, figures
+from compress.train.taught import TaughtOptions, figures, shared_positions
 
 if TYPE_CHECKING:
-    import numpy as np
     from transformers import PreTrainedModel
 
     from compress.train.engine import Outcome
+    from compress.train.trainer import Sequences
 
 
 class Distill(TaughtOptions, Stage):
@@ -66,7 +66,9 @@ class Distill(TaughtOptions, Stage):
         save_model(student, context.input.path, context.out)
         write_record(outcome.log, outcome.best_step, context.work / EVENTS, context.out)
         return {
-            "result": {"train_tokens": outcome.num_tokens, **figures(outcome.best)},
+            "result": {
+                "train_tokens": outcome.num_tokens, **shared_positions(job.train_NT), **figures(outcome.best),
+            },
             "input": figures(outcome.first),
         }
 
@@ -78,8 +80,8 @@ class Job:
     options: Distill
     student: Path
     teacher: Path | None
-    train_NT: np.ndarray[Any, np.dtype[np.int64]]
-    eval_NT: np.ndarray[Any, np.dtype[np.int64]]
+    train_NT: Sequences
+    eval_NT: Sequences
     work: Path
     seed: int
 

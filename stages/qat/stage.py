@@ -16,7 +16,7 @@ from compress.options import counted
 from compress.quant.options import QuantizeOptions, SchemeKey
 from compress.quant.schemes import SCHEMES, Scheme
 from compress.stage import Given, OtherModel, Ref, Stage, StageContext
-from compress.train.taught import TaughtOptions, figures
+from compress.train.taught import TaughtOptions, figures, shared_positions
 
 
 class Qat(TaughtOptions, QuantizeOptions, Stage):
@@ -134,7 +134,8 @@ class Qat(TaughtOptions, QuantizeOptions, Stage):
         from compress.train.record import write_record
         from compress.train.resumable import EVENTS
 
-        trained = everywhere(train, prepare(self, context), context.reporter)
+        job = prepare(self, context)
+        trained = everywhere(train, job, context.reporter)
         save_quantized(trained.model, trained.tensors, self.base, context.input.path, context.out)
         for folder, outcome in trained.outcomes.items():
             out = context.out if outcome is trained.last else context.out / folder.name
@@ -145,7 +146,8 @@ class Qat(TaughtOptions, QuantizeOptions, Stage):
         return {
             "result": {
                 "train_tokens": sum(outcome.num_tokens for outcome in trained.outcomes.values()),
-                "bits_per_weight": num_bits / num_weights, **figures(trained.last.best),
+                "bits_per_weight": num_bits / num_weights,
+                **shared_positions(job.train_NT), **figures(trained.last.best),
             },
             "start": figures(trained.last.first),
         }  # fmt: skip

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ from compress.stages.qat.stage import Qat
 from compress.train.distributed import agreed
 from compress.train.engine import Ids, Outcome, recover
 from compress.train.teacher import answering_layers, fitting_loss, load_teacher
+from compress.train.trainer import Sequences
 from compress.units import Units
 
 _START = "start"
@@ -43,8 +45,8 @@ class Job:
     input: Path
     teacher: Path | None
     calibration_NT: Ids | None
-    train_NT: Ids
-    eval_NT: Ids
+    train_NT: Sequences
+    eval_NT: Sequences
     work: Path
     seed: int
 
@@ -68,6 +70,7 @@ def prepare(options: Qat, context: StageContext) -> Job:
     start, calibration_NT = options.start(), None
     teacher, train_NT, eval_NT = options.lessons(context)
     if start.needs_text and options.data == "generated":
+        assert isinstance(train_NT, np.ndarray), "the teacher wrote it, in the tokens of both"
         calibration_NT = train_NT[: start.tokens // start.sequence_length]
     elif start.needs_text:
         tokenizer = load_tokenizer(context.input.path)

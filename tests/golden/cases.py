@@ -67,6 +67,11 @@ CASES: Mapping[str, Mapping[str, Case]] = {
         "global": _of("llama-deep", keep={"intermediate": 48}, allocate="global", multiple_of=8, **_SCORING),
         "budget": _of("llama-deep", cut=["intermediate", "hidden"], params=0.75, multiple_of=8, **_SCORING),
     },
+    "reduce-vocab": {
+        "keep": _of("llama", keep=400, tokens=4096),
+        "coverage-untied": _of("llama-untied", coverage=0.9, tokens=4096),
+        "encoder": _of("bert", keep=300, tokens=1024),
+    },
     "convert-attention": {
         "linear": Case({"to": "linear", "convert": [1], "align": None, "distill": None}, LLAMA),
         "linear-chosen": Case({"to": "linear", "convert": 1, "window": 6, **_CONVERT}, LLAMA),

@@ -177,6 +177,7 @@ def _torch_outputs(folder: Path) -> Record:
     model: Any = load_any(folder)
     is_decoder = hasattr(model, "lm_head")
     ids, mask = padded_batch("left" if is_decoder else "right")
+    ids %= model.config.vocab_size
     with torch.no_grad():
         output = model(input_ids=torch.from_numpy(ids), attention_mask=torch.from_numpy(mask))[0]
     return array_record(output.float().numpy()[mask == 1])

@@ -108,6 +108,7 @@ DIFFERENT: dict[str, dict[str, list[Any]]] = {
         **{f"align.{name}": values for name, values in STEPS.items()},
         **{f"distill.{name}": values for name, values in TRAINING.items()}, "distill.mixer_learning_rate": [1e-3, 2e-3],
     },
+    "reduce-vocab": {"keep": [300, 400], "coverage": [0.9, 0.99, 1.0], "tokens": [4096, 8192]},
     "distill": TAUGHT,
     "quantize": {**QUANTISING, "tokens": [4096, 8192], "sequence_length": [128, 256]},
     "qat": {
@@ -140,14 +141,14 @@ DIFFERENT: dict[str, dict[str, list[Any]]] = {
 }  # fmt: skip
 """By stage and option: values of which any two make another artifact."""
 BASE: dict[str, dict[str, Any]] = {
-    "prune-groups": {"keep": {"intermediate": 0.5}},
+    "prune-groups": {"keep": {"intermediate": 0.5}}, "reduce-vocab": {"keep": 400},
     "prune-layers": {"keep": 4}, "convert-attention": {"to": "gated-linear", "convert": 4},
     "choose-format": {"schemes": ["fp32", "w4-block32"], "prompts": [64]}, "latency": {"prompts": [64]},
 }  # fmt: skip
 NEEDED: dict[tuple[str, str], dict[str, Any]] = {
     ("prune-groups", "cut"): {"keep": OUT, "params": 0.6}, ("prune-groups", "params"): {"keep": OUT, "cut": ["hidden"]},
     ("prune-groups", "size_mb"): {"keep": OUT, "cut": ["hidden"]},
-    ("prune-groups", "multiple_of"): {"allocate": "global"},
+    ("prune-groups", "multiple_of"): {"allocate": "global"}, ("reduce-vocab", "coverage"): {"keep": OUT},
     ("prune-layers", "drop"): {"keep": OUT}, ("convert-attention", "keep"): {"convert": OUT},
     ("convert-attention", "kl_tokens"): {"select": "kl"},
     ("quantize", "smoothing"): {"scheme": "w8a8-dynamic", "scaling": "smoothquant"},
@@ -217,6 +218,7 @@ SAME: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
      {"keep": {"hidden": 128}, "by": "magnitude", "tokens": 999, "multiple_of": 8}),
     ("prune-groups", {"cut": ["hidden", "intermediate"], "params": 0.6},
      {"cut": ["intermediate", "hidden"], "params": 0.6}),
+    ("reduce-vocab", {"keep": 400}, {"keep": 400, "tokens": 2_000_000}),
     ("convert-attention", {"to": "linear"}, {"to": "linear", "window": 64}),
     ("convert-attention", {"to": "linear"}, {"to": "linear", "keep": 0}),
     ("convert-attention", {"to": "linear"}, {"to": "linear", "feature_map": "hedgehog"}),

@@ -1,0 +1,1 @@
+"""`reduce-vocab`: a smaller vocabulary, in the tokenizer and in the model."""
