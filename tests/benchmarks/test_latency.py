@@ -157,7 +157,7 @@ def test_eval_reads_a_file(tmp_path: Path, pico: Callable[[str], Path]) -> None:
     done = CliRunner().invoke(command(evaluate), [folder, *options])
     assert done.exit_code == 0, done.output
     alone = json.loads(done.stdout)
-    assert set(alone["figures"][folder]) == {"perplexity", "perplexity_se"}
+    assert set(alone["figures"][folder]) == {"perplexity", "perplexity_se", "bits_per_byte", "bits_per_byte_se"}
     assert alone["blocks"]["num_blocks"] == 4
     done = CliRunner().invoke(command(evaluate), [folder, *options, "--against", folder])
     assert json.loads(done.stdout)["figures"][folder]["perplexity"] == alone["figures"][folder]["perplexity"]

@@ -177,7 +177,7 @@ def test_the_stage_measures_what_it_says_beside_the_source(tmp_path: Path, text:
     stage = Evaluate(recall=SMALL)
     assert set(stage.produces()) - {"cosine", "cosine_se"} == metrics["result"].keys() - {"eval_tokens", "mqar_chance"}
     assert metrics["source"].keys() == {n for n in metrics["result"] if n[:4] in ("mqar", "need")} | {
-        name for name in metrics["result"] if name.startswith("perplexity") and "ratio" not in name
+        name for name in metrics["result"] if name.startswith(("perplexity", "bits_per_byte")) and "ratio" not in name
     }
     assert written["metrics"] == metrics
     for sums in written["blocks"]["recall"].values():
