@@ -25,7 +25,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from compress.artifact import Artifact, write_json
-from compress.benchmarks.recovery import judge, per_block, plus_minus
+from compress.benchmarks.recovery import blocks_to_judge, judge, per_block, plus_minus
 from compress.data.config import PYTHON_DOCS, DataConfig
 from compress.data.text import TextData
 from compress.models.load import load_model, load_tokenizer
@@ -132,11 +132,7 @@ def main() -> None:
         "options": {"tokens": options.tokens, **options.model_dump(exclude_defaults=True)},
     }  # fmt: skip
     tokenizer, length = load_tokenizer(args.model), options.sequence_length
-    judged = {}
-    for text in args.judge:
-        name, _, spec = text.rpartition("=")
-        data = TextData(DataConfig(train=args.train, eval=None if spec == args.train else spec))
-        judged[name or spec] = data.blocks("eval", tokenizer, length, args.eval_tokens)
+    judged = blocks_to_judge(args.judge, args.train, tokenizer, length, args.eval_tokens)
     train_data = TextData(DataConfig(train=args.train))
     train_NT = train_data.blocks("train", tokenizer, length, options.tokens)
     args.out.mkdir(parents=True, exist_ok=True)

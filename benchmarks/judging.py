@@ -21,7 +21,7 @@ from compress.errors import StageFailed
 from compress.models.anatomy import shape_of
 from compress.models.folder import config_of
 from compress.models.load import load_tokenizer
-from compress.models.origins import answering_channels
+from compress.models.origins import Origins, answering_channels
 from compress.stage import Reporter
 from compress.units import UNKEPT, Units
 
@@ -76,7 +76,7 @@ def _of_channels(score: Scorer, subject: Path, reference: Path) -> Scorer:
     Raises StageFailed where the subject is of another width and does not say which they are.
     """
     ours, theirs = config_of(subject) or {}, config_of(reference) or {}
-    channels = answering_channels(ours, theirs)
+    channels = answering_channels(Origins.of(ours), Origins.of(theirs))
     if channels is None:
         widths = shape_of(ours).hidden_size, shape_of(theirs).hidden_size
         if widths[0] != widths[1]:

@@ -21,7 +21,7 @@ from typing import Any, get_args
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compress.artifact import write_json
 from compress.benchmarks.judging import compare
@@ -165,6 +165,18 @@ def plus_minus(values_N: np.ndarray[Any, np.dtype[np.float64]]) -> str:
     return f"{values_N.mean():.4f} ± {values_N.std(ddof=1) / len(values_N) ** 0.5:.4f}"
 
 
+def blocks_to_judge(
+    texts: Sequence[str], train: str, tokenizer: PreTrainedTokenizerBase, length: int, max_tokens: int
+) -> dict[str, Ids]:
+    """Blocks (N, length) of each of `texts`, SPEC or NAME=SPEC, by its name: of `train`, what is held out of it."""
+    judged = {}
+    for text in texts:
+        name, _, spec = text.rpartition("=")
+        config = DataConfig.model_validate({"train": train, "eval": None if spec == train else spec})
+        judged[name or spec] = TextData(config).blocks("eval", tokenizer, length, max_tokens)
+    return judged
+
+
 def main() -> None:
     """Measure what is missing and write the report after every row."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -185,11 +197,7 @@ def main() -> None:
         "eval_tokens": args.eval_tokens, "options": options.model_dump(exclude_defaults=True),
     }  # fmt: skip
     tokenizer, length = load_tokenizer(args.model), options.sequence_length
-    judged = {}
-    for text in args.judge:
-        name, _, spec = text.rpartition("=")
-        data = TextData(DataConfig(train=args.train, eval=None if spec == args.train else spec))
-        judged[name or spec] = data.blocks("eval", tokenizer, length, args.eval_tokens)
+    judged = blocks_to_judge(args.judge, args.train, tokenizer, length, args.eval_tokens)
     train_NT = TextData(DataConfig(train=args.train)).blocks("train", tokenizer, length, options.tokens)
     args.out.mkdir(parents=True, exist_ok=True)
     teacher = load_model(args.model)

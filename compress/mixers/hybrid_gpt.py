@@ -57,6 +57,7 @@ class HybridGPTNeoXConfig(OwnWidths, GPTNeoXConfig):
         super().__post_init__(**kwargs)
         _check(self)
 
+
 class HybridGPT2Model(GPT2Model):
     config_class = HybridGPT2Config
 

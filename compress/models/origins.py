@@ -33,17 +33,19 @@ class Origins:
     def of(cls, config: Mapping[str, Any]) -> Origins:
         """What a parsed `config.json` says; a list that does not fit the model counts for nothing."""
         shape = shape_of(config)
+        own_heads = [shape.of_layer(layer).num_attention_heads for layer in range(shape.num_hidden_layers)]
         layers = _indices(config.get(LAYERS), shape.num_hidden_layers)
         channels = _indices(config.get(CHANNELS), shape.hidden_size)
-        every_head = [range(shape.num_attention_heads)] * shape.num_hidden_layers
-        heads = config.get(HEADS)
-        fits = isinstance(heads, list) and len(heads) == shape.num_hidden_layers
+        said = config.get(HEADS)
+        listed = said if isinstance(said, list) and len(said) == len(own_heads) else [None] * len(own_heads)
+        heads = [_indices(each, number) for each, number in zip(listed, own_heads, strict=True)]
+        has_heads = all(heads)
         return cls(
             int(config.get(NUM_LAYERS) or 0) if layers else shape.num_hidden_layers,
             int(config.get(HIDDEN_SIZE) or 0) if channels else shape.hidden_size,
-            int(config.get(NUM_HEADS) or 0) if fits else shape.num_attention_heads,
+            int(config.get(NUM_HEADS) or 0) if has_heads else shape.num_attention_heads,
             layers or tuple(range(shape.num_hidden_layers)), channels or tuple(range(shape.hidden_size)),
-            tuple(map(tuple, heads if fits and heads is not None else every_head)),
+            tuple(heads if has_heads else (tuple(range(number)) for number in own_heads)),
         )  # fmt: skip
 
     def keys(self) -> dict[str, Any]:
@@ -63,10 +65,15 @@ def _indices(value: object, number: int) -> tuple[int, ...]:
     return tuple(value) if fits and isinstance(value, list) else ()
 
 
-def answering_channels(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[int] | None:
-    """Which channel of one model's residual stream each of another's is, by their configs; None: that is not known."""
-    own, other = Origins.of(ours), Origins.of(theirs)
-    return places_in(own.channels, other.channels) if own.hidden_size == other.hidden_size else None
+def answering_channels(ours: Origins, theirs: Origins) -> list[int] | None:
+    """Which channel of one model's residual stream each of ours is; None where that is not known."""
+    return places_in(ours.channels, theirs.channels) if ours.hidden_size == theirs.hidden_size else None
+
+
+def answering_heads(ours: Origins, theirs: Origins, layer: int, their: int) -> list[int] | None:
+    """The same of the query heads of our layer `layer`, which was their layer `their`."""
+    alike = (ours.num_layers, ours.num_heads) == (theirs.num_layers, theirs.num_heads)
+    return places_in(ours.heads[layer], theirs.heads[their]) if alike else None
 
 
 def places_in(ours: Sequence[int], theirs: Sequence[int]) -> list[int] | None:

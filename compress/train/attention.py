@@ -21,10 +21,11 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from compress.errors import StageFailed
+from compress.models.origins import answering_channels, answering_heads
 from compress.models.parts import Parts
 from compress.train.losses import chunked_sum
 from compress.train.options import LossWeights
-from compress.train.teacher import answering_channels, answering_heads
+from compress.train.teacher import origins_of
 
 SMALLEST = 1e-8
 """Probabilities below it count as it in the divergence, on both sides."""
@@ -138,9 +139,10 @@ def watches(
     mixers, their_mixers = (each.mixers or (None,) * each.num_hidden_layers for each in (ours, theirs))
     pairs = [(i, j) for i, j in dict.fromkeys([(0, 0), *layer_map]) if i < len(mixers) and j < len(their_mixers)]
     mapped = [(i, j) for i, j in pairs if not (mixers[i] or their_mixers[j])] if weights.attention_map else []
-    heads = {j: answering_heads(student, teacher, i, j) for i, j in mapped}
+    origins = origins_of(student), origins_of(teacher)
+    heads = {j: answering_heads(*origins, i, j) for i, j in mapped}
     known = {"attention_map"} if all(own is not None for own in heads.values()) else set()
-    known |= {"hidden", "attention_output"} if answering_channels(student, teacher) is not None else set()
+    known |= {"hidden", "attention_output"} if answering_channels(*origins) is not None else set()
     for problem in weights.misfits(ours, theirs, known):
         raise StageFailed(problem.where, problem.what, problem.fix)
     if weights.attention_map and not mapped:

@@ -22,6 +22,7 @@ from transformers import (
 from compress.errors import StageFailed
 from compress.models.anatomy import shape_of
 from compress.models.load import load_tokenizer
+from compress.models.origins import answering_channels
 from compress.stage import Reporter, StageContext
 from compress.train.checkpoints import WEIGHTS, checkpoint_folder
 from compress.train.generated import train_blocks
@@ -29,7 +30,7 @@ from compress.train.launch import is_follower
 from compress.train.objective import Objective
 from compress.train.options import TrainingOptions
 from compress.train.resumable import step_arguments, train
-from compress.train.teacher import answering_channels, check_same_vocabulary
+from compress.train.teacher import check_same_vocabulary, origins_of
 from compress.train.trainer import Blocks, RecoveryTrainer, Sequences
 from compress.train.trainer import Ids as Ids
 from compress.train.vocabularies import check_objective, is_part_of, two_ways
@@ -77,7 +78,7 @@ def recover(
             save_weights(student, str(work / _PARTIAL))
             (work / _PARTIAL).rename(work / START)
     order = training_order(len(train_NT), options.num_steps * options.batch_size, seed)
-    channels = None if teacher is None else answering_channels(student, teacher)
+    channels = None if teacher is None else answering_channels(origins_of(student), origins_of(teacher))
     if teacher is not None and channels == list(range(teacher.config.hidden_size)):
         channels = None
     objective = Objective(options.loss, options.temperature, options.hidden_distance, layer_map, channels)

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from compress.errors import StageFailed
-from compress.models import origins
 from compress.models.origins import Origins, places_in
 from compress.train.options import HEADLESS_LOSS, TrainingOptions
 
@@ -68,18 +67,6 @@ def answering_layers(student: PreTrainedModel, teacher: PreTrainedModel | None) 
     num_theirs = len(theirs.layers)
     dropped = set(range(num_theirs)) - set(kept) if kept is not None else ()
     return list(layer_map(len(ours.layers), num_theirs, dropped))
-
-
-def answering_channels(student: PreTrainedModel, teacher: PreTrainedModel) -> list[int] | None:
-    """Which channel of the teacher's residual stream each of the student's is; None where that is not known."""
-    return origins.answering_channels(student.config.to_dict(), teacher.config.to_dict())
-
-
-def answering_heads(student: PreTrainedModel, teacher: PreTrainedModel, layer: int, their: int) -> list[int] | None:
-    """The same of the query heads of the student's layer `layer`, which was the teacher's layer `their`."""
-    ours, theirs = origins_of(student), origins_of(teacher)
-    alike = (ours.num_layers, ours.num_heads) == (theirs.num_layers, theirs.num_heads)
-    return places_in(ours.heads[layer], theirs.heads[their]) if alike else None
 
 
 def origins_of(model: PreTrainedModel) -> Origins:

@@ -17,8 +17,6 @@ from compress.stages.prune import widths
 from compress.stages.prune.widths import Kind, Widths
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from compress.models.axes import Place
     from compress.models.narrow import Kept
     from compress.models.parts import Parts
@@ -112,8 +110,8 @@ class PruneGroups(Stage):
             yield Problem("tokens", what, f"at least {self.sequence_length}")
 
     def shape(self, model: ModelShape) -> ModelShape:
-        """The same model with its new widths; with allocate: global, the mean ones."""
-        return widths.narrowed(model, self._uniform(model, self._numbers(model)))
+        """The same model with its new widths; with allocate: global, as if all layers had the same."""
+        return widths.narrower(model, self._uniform(model, self._numbers(model)))
 
     def weight_bytes(self, model: ModelShape, before: float) -> float:
         """Every parameter of the smaller model in float32."""
@@ -167,7 +165,7 @@ class PruneGroups(Stage):
         return self._within(model, partial(self._estimated, model))[0]
 
     def _estimated(self, model: ModelShape, kept: Mapping[Kind, int]) -> int:
-        return widths.narrowed(model, self._uniform(model, kept)).num_parameters
+        return widths.narrower(model, self._uniform(model, kept)).num_parameters
 
     def _within(self, model: ModelShape, cost: widths.Cost) -> tuple[dict[Kind, int], float]:
         """The widest numbers whose `cost` in parameters is within the budget, and that cost."""
@@ -182,7 +180,7 @@ class PruneGroups(Stage):
         return self.params * total if isinstance(self.params, float) else self.params
 
     def _budget_problems(self, model: ModelShape) -> Iterator[Problem]:
-        """A budget that nothing meets, or that the model meets as it is, by the estimate of its parameters."""
+        """A budget that nothing meets, by the estimate of the parameters."""
         assert self.cut is not None
         where = "params" if self.params is not None else "size_mb"
         yield from widths.problems(dict.fromkeys(self.cut, 1.0), model, self.multiple_of, False)
@@ -214,7 +212,7 @@ class PruneGroups(Stage):
 
     def _importance(self, parts: Parts, placed: Mapping[str, Place], context: StageContext) -> Importance:
         from compress.stages.prune import importance
-        from compress.stages.prune.scores import batches_of
+        from compress.stages.prune.scores import batches_of, blocks_to_score
         from compress.units import Units
 
         if self.by == "random":
@@ -224,28 +222,19 @@ class PruneGroups(Stage):
         if self.by == "taylor" and parts.lm_head is None:
             what = "taylor needs the loss of the next token, and this model does not predict it"
             raise StageFailed(f"{self.name}.by", what, "use activation")
-        batches = batches_of(self._blocks(context))
+        batches = batches_of(blocks_to_score(context, self.sequence_length, self.tokens))
         units = Units(self.name, context.work / "importance", log=context.reporter.log)
         with context.reporter.progress("scoring groups", len(batches)) as advance:
             if self.by == "taylor":
                 return importance.taylor(parts, placed, batches, advance, units)
             return importance.activation(parts, batches, advance, units)
 
-    def _blocks(self, context: StageContext) -> Tensor:
-        """The calibration text as token ids (N, sequence_length)."""
-        import torch
-
-        from compress.models.load import load_tokenizer
-
-        tokenizer = load_tokenizer(context.input.path)
-        return torch.from_numpy(context.data.blocks("train", tokenizer, self.sequence_length, self.tokens))
-
     def _record(self, importance: Importance, parts: Parts, kept: Kept, context: StageContext) -> None:
-        """Write what stayed and why: `groups.json`, and `groups.png` where anything was scored."""
+        """Write what stayed and why: `groups.json` and `groups.png`."""
         from compress.stages.prune.plot import plot_shares
         from compress.stages.prune.selection import shares
 
-        held = shares(importance, parts.shape, kept)
+        held = shares(importance, kept)
         options = self.model_dump(mode="json", exclude_none=True)
         drawn = {"seed": context.seed} if self.uses_seed() else {}
         stay = {"hidden": kept.hidden, "layers": kept.layers}

@@ -16,8 +16,6 @@ from compress.options import counted
 from compress.stage import Given, Stage, StageContext
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from compress.models.parts import Parts
     from compress.stages.prune.scores import Choice
 
@@ -164,17 +162,8 @@ class PruneLayers(Stage):
             return scores.Choice(scores.uniform(total, num_dropped))
         if self.by == "random":
             return scores.Choice(scores.at_random(total, num_dropped, context.seed))
-        batches = scores.batches_of(self._blocks(context))
+        batches = scores.batches_of(scores.blocks_to_score(context, self.sequence_length, self._budget))
         rounds = num_dropped if self.by == "leave-one-out" else 1
         units = Units("prune-layers", context.work / "scores", log=context.reporter.log)
         with context.reporter.progress("scoring layers", rounds * len(batches)) as advance:
             return scores.choose(self.by, parts, batches, num_dropped, advance, units)
-
-    def _blocks(self, context: StageContext) -> Tensor:
-        """The calibration text as token ids (N, sequence_length)."""
-        import torch
-
-        from compress.models.load import load_tokenizer
-
-        tokenizer = load_tokenizer(context.input.path)
-        return torch.from_numpy(context.data.blocks("train", tokenizer, self.sequence_length, self._budget))

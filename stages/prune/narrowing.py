@@ -14,13 +14,13 @@ from transformers import PreTrainedModel
 from compress.artifact import write_json
 from compress.errors import StageFailed
 from compress.models.anatomy import ModelShape
-from compress.models.axes import Dimension, Place, length
+from compress.models.axes import Place, length, sizes_of
 from compress.models.convert import narrowed
 from compress.models.folder import config_of, module_folders
 from compress.models.narrow import Indices, Kept
 from compress.models.origins import Origins
 from compress.models.parts import Parts
-from compress.stages.prune.widths import Widths, has_mixer, widest
+from compress.stages.prune.widths import Widths, has_mixer, narrower, widest
 
 POOLED = ("word_embedding_dimension", "embedding_dimension")
 """Keys of a sentence-transformers module that say how wide what it reads is."""
@@ -28,15 +28,10 @@ POOLED = ("word_embedding_dimension", "embedding_dimension")
 
 def num_parameters(parts: Parts, placed: Mapping[str, Place], layers: Sequence[Widths]) -> int:
     """Parameters of the model with these widths, tied ones once."""
-    found = 0
+    shape, found = narrower(parts.shape, layers), 0
     for name, tensor in parts.model.named_parameters():
-        place = placed[name]
-        width = layers[place.layer or 0]
-        sizes: dict[Dimension, int] = {
-            "hidden": width.hidden, "intermediate": width.intermediate, "heads": width.heads, "groups": width.groups,
-            "lanes": parts.shape.head_dim, "value_lanes": width.value_lanes,
-        }  # fmt: skip
-        found += math.prod(length(axis, sizes) if axis else n for axis, n in zip(place.axes, tensor.shape, strict=True))
+        sizes, axes = sizes_of(shape, placed[name].layer), placed[name].axes
+        found += math.prod(length(axis, sizes) if axis else n for axis, n in zip(axes, tensor.shape, strict=True))
     return found
 
 

@@ -16,9 +16,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from compress.models.load import load_tokenizer
 from compress.models.parts import Parts
 from compress.models.replay import Trace, cosine, distance, output
-from compress.stage import Progress
+from compress.stage import Progress, StageContext
 from compress.units import UNKEPT, Units
 
 Score = Literal["block-influence", "angular", "leave-one-out"]
@@ -59,6 +60,12 @@ def choose(
     scores = block_influence(parts, batches, advance, units)
     dropped = sorted(sorted(scores, key=scores.__getitem__)[:num_dropped])
     return Choice(dropped, "block influence, 1 − E cos(in, out)", [scores], num_tokens)
+
+
+def blocks_to_score(context: StageContext, sequence_length: int, max_tokens: int) -> Tensor:
+    """The calibration text of the stage's input as token ids (N, sequence_length)."""
+    tokenizer = load_tokenizer(context.input.path)
+    return torch.from_numpy(context.data.blocks("train", tokenizer, sequence_length, max_tokens))
 
 
 def batches_of(ids_NT: Tensor, num_tokens: int = 1024) -> list[Tensor]:

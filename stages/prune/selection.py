@@ -117,7 +117,7 @@ def _shared_out(gains: Sequence[Sequence[float]], number: int) -> list[int]:
     return found
 
 
-def shares(importance: Importance, shape: ModelShape, kept: Kept) -> dict[str, list[float]]:
+def shares(importance: Importance, kept: Kept) -> dict[str, list[float]]:
     """What share of the sum of scores stays: of the residual stream (one number), of each layer's dimensions (L)."""
     held: dict[str, list[float]] = {}
     if kept.hidden is not None:

@@ -17,7 +17,6 @@ from compress.models.anatomy import ModelShape
 Kind = Literal["attention-heads", "kv-groups", "intermediate", "hidden", "ssm-heads", "ssm-channels"]
 Ask = int | float
 """A number that stays, or a share."""
-OF_LAYERS: tuple[Kind, ...] = ("attention-heads", "kv-groups", "intermediate", "ssm-heads", "ssm-channels")
 _GRID = 256
 """A budget is met by a share that is a multiple of one over this."""
 
@@ -58,38 +57,30 @@ def has_mixer(shape: ModelShape, layer: int) -> bool:
 
 
 def step(kind: Kind, shape: ModelShape, groups: int, multiple_of: int) -> int:
-    """What a number of a kind has to be a multiple of, in a model that keeps so many `groups`.
+    """What a number of a kind has to be a multiple of, in a model that keeps so many `groups`; not of `hidden`.
 
-    Query heads go from every group alike. The width of the residual stream is bound to the heads where the class of the
-    config wants that (see `divisor`): then the step is made coarser no further than an eighth of the width.
+    Query heads go from every group alike.
     """
     if kind in ("attention-heads", "ssm-heads"):
         return groups if total(kind, shape) > total("kv-groups", shape) else 1
-    if kind == "kv-groups":
-        return 1
-    if kind == "ssm-channels":
-        return math.gcd(multiple_of, 8)
-    return multiple_of
+    return {"kv-groups": 1, "ssm-channels": math.gcd(multiple_of, 8)}.get(kind, multiple_of)
 
 
 def counts(keep: Mapping[Kind, Ask], shape: ModelShape, multiple_of: int) -> dict[Kind, int]:
     """The numbers that stay of each kind in `keep`: those asked for, shares to the nearest step and at least one."""
     found: dict[Kind, int] = {}
-    ordered = sorted(keep, key=lambda kind: (kind == "hidden", kind != "kv-groups"))  # each after what binds it
-    for kind in ordered:
+    all_groups = total("kv-groups", shape)
+    for kind in sorted(keep, key=lambda kind: (kind == "hidden", kind != "kv-groups")):  # each after what binds it
         asked, whole = keep[kind], total(kind, shape)
         if isinstance(asked, int):
             found[kind] = asked
-            continue
-        groups = found.get("kv-groups", total("kv-groups", shape))
-        if kind == "hidden":
+        elif kind == "hidden":
             found[kind] = _hidden_near(asked * whole, shape, found, multiple_of)
-        elif kind == "kv-groups" or kind not in ("attention-heads", "ssm-heads"):
-            by = step(kind, shape, groups, multiple_of)
-            found[kind] = min(whole, max(by, by * round(asked * whole / by)))
         else:
+            groups = found.get("kv-groups", all_groups)
             by = step(kind, shape, groups, multiple_of)
-            most = whole if by == 1 else groups * (whole // total("kv-groups", shape))
+            grouped = kind.endswith("heads") and by > 1
+            most = groups * (whole // all_groups) if grouped else whole
             found[kind] = min(most, max(by, by * round(asked * whole / by)))
     return found
 
@@ -121,6 +112,10 @@ def _heads(kind: Kind, shape: ModelShape, layer: int, kept: Mapping[Kind, int]) 
 
 
 def _hidden_near(wanted: float, shape: ModelShape, kept: Mapping[Kind, int], multiple_of: int) -> int:
+    """The width nearest to `wanted` that the architecture can have.
+
+    Its step is made coarser for the heads' sake (see `divisor`) no further than an eighth of the width.
+    """
     whole, heads = shape.hidden_size, divisor(shape, kept)
     if shape.family.tied_heads and "attention-heads" in kept:
         return heads * shape.head_dim
@@ -173,7 +168,7 @@ def _no_multiple(kind: Kind, number: int, by: int, whole: int, reason: str) -> I
         yield Problem(f"keep.{kind}", f"{number} is not possible: {reason}", f"nearest: {' or '.join(map(str, near))}")
 
 
-def narrowed(shape: ModelShape, widths: Sequence[Widths]) -> ModelShape:
+def narrower(shape: ModelShape, widths: Sequence[Widths]) -> ModelShape:
     """The shape of the model whose layers have these widths."""
     main, alike = widest(shape, widths)
     own = () if alike else tuple(

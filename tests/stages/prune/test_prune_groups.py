@@ -21,6 +21,7 @@ from compress.models.anatomy import shape_of
 from compress.models.axes import indices, sizes_of
 from compress.models.load import load_model, save_model
 from compress.models.narrow import Kept, explained, narrow, weights_of
+from compress.models.origins import Origins
 from compress.models.parts import Parts
 from compress.stage import StageContext, Target
 from compress.stages.prune.groups import PruneGroups
@@ -114,6 +115,9 @@ def test_the_narrower_model_is_the_masked_one(model_type: str, kind: str, tmp_pa
         theirs = theirs[..., list(kept.hidden or ())]
     assert (ours - theirs).abs().max() <= 1e-5 * (theirs.max() - theirs.min())
     assert ours.shape != full.shape or (ours - full).abs().max() > 0.01
+
+
+
 
 
 class RandomTokens:
@@ -259,6 +263,16 @@ def test_a_budget_is_met_and_hardly_undercut(
     found = prune(pico("llama"), tmp_path / "out", **options, **budget)["parameters"]
     allowed = limit * full if limit else budget["size_mb"] * 1e6 / 4
     assert allowed - 4 * 4 * 3 * 64 <= found <= allowed
+
+
+def test_origins_that_do_not_fit_count_for_nothing(pico: Pico) -> None:
+    config = json.loads((pico("llama") / "config.json").read_text())
+    plain = Origins.of(config)
+    for wrong in ([1, 2, 3, 4], [[0]] * 4, [[0, 1, 2, "3"]] * 4, "all", [None] * 4):
+        assert Origins.of({**config, "origin_heads": wrong, "origin_num_attention_heads": 9}) == plain
+    assert Origins.of({**config, "origin_layers": [0, 1]}) == plain
+    said = Origins.of({**config, "origin_layers": [0, 2, 4, 5], "origin_num_hidden_layers": 6})
+    assert (said.layers, said.num_layers) == ((0, 2, 4, 5), 6)
 
 
 def test_a_module_behind_the_backbone_is_narrowed_too(tmp_path: Path) -> None:
