@@ -120,11 +120,13 @@ class PruneGroups(Stage):
     def twin(self) -> Self:
         """Shares in place of the numbers that a narrow twin has not, scored on four short blocks.
 
-        Heads keep their number in a twin; a budget is half of its parameters.
+        Heads keep their number in a twin. Its vocabulary is the source's, and outweighs whatever a budget could cut of
+        its few layers: half of each kind goes instead.
         """
         changes: dict[str, Any] = {"tokens": 64, "sequence_length": 16, "multiple_of": 1}
         if self.keep is None:
-            return self.model_copy(update={**changes, "params": 0.7, "size_mb": None})
+            keep = dict.fromkeys(self.cut or (), 0.5)
+            return self.model_copy(update={**changes, "keep": keep, "cut": None, "params": None, "size_mb": None})
         shares = {kind: 0.5 for kind in ("intermediate", "hidden", "ssm-channels") if kind in self.keep}
         return self.model_copy(update={**changes, "keep": {**self.keep, **shares}})
 

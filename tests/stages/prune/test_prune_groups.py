@@ -265,6 +265,16 @@ def test_a_budget_is_met_and_hardly_undercut(
     assert allowed - 4 * 4 * 3 * 64 <= found <= allowed
 
 
+@pytest.mark.parametrize("budget", [{"params": 0.85}, {"size_mb": 400.0}])
+def test_a_dry_run_does_not_depend_on_the_budget(budget: dict[str, float], tmp_path: Path) -> None:
+    source = make_pico("llama", tmp_path / "source", num_hidden_layers=2, vocab_size=8192)  # outweighs the layers
+    stage = PruneGroups.model_validate({"cut": ["intermediate"], **budget})
+    assert list(stage.check(SHAPES["llama"])) == []
+    twin = stage.twin().model_dump(exclude_none=True)
+    figures = prune(source, tmp_path / "out", **twin)
+    assert figures["intermediate_size"] == 48
+
+
 def test_origins_that_do_not_fit_count_for_nothing(pico: Pico) -> None:
     config = json.loads((pico("llama") / "config.json").read_text())
     plain = Origins.of(config)
