@@ -35,6 +35,8 @@ from compress.train.trainer import Blocks, RecoveryTrainer, Sequences
 from compress.train.trainer import Ids as Ids
 from compress.train.vocabularies import check_objective, is_part_of, two_ways
 
+_PREPARED = ("forward", "_original_forward", "_is_accelerate_prepared")
+"""What accelerate leaves in a model that it prepared: its own forward, and the mark by which it skips the next time."""
 START = "start.safetensors"
 """The student's weights before the first step, inside `work`."""
 _PARTIAL = f"{START}.partial"
@@ -94,7 +96,8 @@ def recover(
     best_step = _best_step(state, reporter)
     load_weights(student, str(checkpoint_folder(work, best_step) / WEIGHTS if best_step else work / START))
     trainer.accelerator.wait_for_everyone()
-    trainer.accelerator.unwrap_model(student, keep_fp32_wrapper=False)
+    for name in _PREPARED:  # or the next training of this model in this process would not be in bf16
+        vars(student).pop(name, None)
     num_tokens = state.global_step * options.batch_size * train_NT.shape[1]
     return Outcome(num_tokens, best_step, state.log_history)
 

@@ -11,11 +11,15 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from pico_training import train
+from pico_training import BASE, blocks, train
 
 from compress import hardware
 from compress.hardware import Machine
+from compress.models.load import load_model
+from compress.stage import Reporter
 from compress.train import trainer
+from compress.train.engine import recover
+from compress.train.options import TrainingOptions
 from compress.train.precision import uses_bf16
 from pico import make_pico
 
@@ -74,3 +78,23 @@ def test_stopped_in_bfloat16_it_ends_with_the_same_weights(
             train(*models, tmp_path / "cut", precision="bf16")
     resumed, _ = train(*models, tmp_path / "cut", precision="bf16")
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_a_model_that_was_trained_before_is_trained_as_any_other(
+    precision: str, models: tuple[Path, Path], tmp_path: Path
+) -> None:
+    options = TrainingOptions.model_validate({**BASE, "precision": precision})
+    torch.set_num_threads(1)
+    again, teacher = load_model(models[0]), load_model(models[1])
+
+    def trained(model: Any, work: str) -> list[float]:
+        data = blocks(20), blocks(6, seed=1)
+        outcome = recover(model, teacher, *data, options, [(1, 1), (4, 4)], tmp_path / work, 0, Reporter())
+        return [entry["eval_loss"] for entry in outcome.log if "eval_loss" in entry]
+
+    trained(again, "first")
+    fresh = load_model(models[0])
+    fresh.load_state_dict(again.state_dict())
+    assert trained(again, "again") == trained(fresh, "fresh")
+    assert all(torch.equal(weight, fresh.state_dict()[name]) for name, weight in again.state_dict().items())
