@@ -94,11 +94,12 @@ def report(rows: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> st
             found = [row for row in rows if row["trained"] is trained]
             if found:
                 title = f"after {settings['options']['tokens']} tokens" if trained else "as cut"
-                lines += [f"## Judged on {text}, {title}", "", *_table(found, text), ""]
+                lines += [f"## Judged on {text}, {title}", "", *table(found, text), ""]
     return "\n".join(lines)
 
 
-def _table(rows: Sequence[Mapping[str, Any]], text: str) -> Iterator[str]:
+def table(rows: Sequence[Mapping[str, Any]], text: str) -> Iterator[str]:
+    """A line for each arm of `rows`, which are of one text and of the same seeds: figures, and the first's difference."""
     names = list(dict.fromkeys(row["arm"] for row in rows))
     yield f"| arm | parameters, M | seeds | KL ± SE | top-1 agreement ± SE | KL − {names[0]} | each seed's KL |"
     yield "|---|--:|--:|--:|--:|--:|---|"

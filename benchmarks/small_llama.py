@@ -72,10 +72,10 @@ class Texts:
 
 def train_llama(
     layers: int, hidden: int, tokenizer: PreTrainedTokenizerBase, train_NT: Ids, tune_NT: Ids,
-    options: TrainingOptions, folder: Path,
+    options: TrainingOptions, folder: Path, seed: int = 0,
 ) -> None:  # fmt: skip
     """Train a Llama of `layers`, `hidden` wide, from nothing and write it, with `tokenizer`, to `folder`. Resumable."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=5 * hidden // 2,
@@ -85,7 +85,7 @@ def train_llama(
         )
     )  # fmt: skip
     work, unfinished = folder.with_suffix(".work"), folder.with_suffix(".part")
-    recover(model, None, train_NT, tune_NT, options, (), work, 0, Reporter())
+    recover(model, None, train_NT, tune_NT, options, (), work, seed, Reporter())
     model.save_pretrained(unfinished)
     tokenizer.save_pretrained(unfinished)
     unfinished.rename(folder)

@@ -108,7 +108,7 @@ class Settings:
         return mixed_NT
 
 
-def train_source(settings: Settings, texts: Texts, folder: Path) -> None:
+def train_source(settings: Settings, texts: Texts, folder: Path, seed: int = 0) -> None:
     """Train the softmax model and write it, with its tokenizer, to `folder`, unless it is there."""
     if folder.exists():
         return
@@ -117,7 +117,7 @@ def train_source(settings: Settings, texts: Texts, folder: Path) -> None:
     tune_NT = texts.tuning(tokenizer, settings.length, settings.judged_tokens)
     loss = LossWeights.model_validate({"kl": 0.0, "ce": 1.0})
     options = TrainingOptions(**settings.training(settings.source_tokens, settings.source_rate), loss=loss)
-    train_llama(settings.layers, settings.hidden, tokenizer, train_NT, tune_NT, options, folder)
+    train_llama(settings.layers, settings.hidden, tokenizer, train_NT, tune_NT, options, folder, seed)
 
 
 @dataclass(frozen=True)

@@ -66,16 +66,16 @@ class Objective:
     def per_item(self, student_NV: Tensor, teacher_NV: Tensor, labels_N: Tensor, taught_N: Tensor) -> Tensor:
         """(N,): the weighted losses on logits; 0 where the label is IGNORED.
 
-        taught_N: where the teacher says something; elsewhere cross-entropy alone counts.
+        taught_N: where the teacher says something. Elsewhere it counts as sure of the text: KL is cross-entropy then.
         """
-        loss_N = torch.zeros(len(labels_N), device=student_NV.device)
-        if self.weights.kl:
-            loss_N = loss_N + self.weights.kl * forward_kl(student_NV, teacher_NV, self.temperature)
-        if self.weights.skew_kl:
-            loss_N = loss_N + self.weights.skew_kl * skew_kl(student_NV, teacher_NV)
-        loss_N = loss_N * taught_N
-        if self.weights.ce:
-            loss_N = loss_N + self.weights.ce * cross_entropy(student_NV, labels_N)
+        weights, loss_N = self.weights, torch.zeros(len(labels_N), device=student_NV.device)
+        if weights.kl:
+            loss_N = loss_N + weights.kl * forward_kl(student_NV, teacher_NV, self.temperature)
+        if weights.skew_kl:
+            loss_N = loss_N + weights.skew_kl * skew_kl(student_NV, teacher_NV)
+        if weights.ce or not taught_N.all():
+            text_N = cross_entropy(student_NV, labels_N)
+            loss_N = torch.where(taught_N, loss_N, (weights.kl + weights.skew_kl) * text_N) + weights.ce * text_N
         return loss_N * (labels_N != IGNORED)
 
     def total(self, student: Said, teacher: Said | None, batch: Batch) -> Tensor:

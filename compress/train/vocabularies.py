@@ -3,7 +3,7 @@
 What the teacher says after a place in the text is compared with what the student says after the same place, where
 tokens of both end there. The probability of a token that the student lacks counts for the first of the student's tokens
 that it is written in: none is lost, and of tokens that both have each counts for itself. Where the student is in the
-midst of one of its teacher's tokens, the teacher says nothing, and only the cross-entropy counts.
+midst of one of its teacher's tokens, the teacher says nothing, and the text is the target in its place.
 
 B sequences, T tokens of the student's, S of the teacher's; V, W their vocabularies.
 """

@@ -21,7 +21,9 @@ from compress.errors import StageFailed
 from compress.models.load import load_model, load_tokenizer
 from compress.stages.distill.stage import Distill
 from compress.stages.qat.stage import Qat
-from compress.train.losses import forward_kl
+from compress.train.losses import IGNORED, forward_kl
+from compress.train.objective import Objective
+from compress.train.options import LossWeights
 from compress.train.vocabularies import NOWHERE, TwoWays, first_pieces, in_students_tokens, two_ways
 
 LENGTH = 24
@@ -118,6 +120,19 @@ def test_kl_and_cross_entropy_equal_a_naive_computation(models: dict[str, Path],
         surprises.append(float(-ours.log_softmax(-1)[torch.arange(LENGTH - 1), torch.tensor(ids[1:])].mean()))
     assert metrics["kl_to_teacher"] == pytest.approx(np.mean(divergences), rel=1e-4)
     assert metrics["cross_entropy"] == pytest.approx(np.mean(surprises), rel=1e-4)
+
+
+@pytest.mark.parametrize(("loss", "of_text"), [({"kl": 2}, 2), ({"kl": 1, "skew_kl": 1, "ce": 0.5}, 2.5)])
+def test_where_the_teacher_says_nothing_the_text_is_learnt(loss: dict[str, float], of_text: float) -> None:
+    torch.manual_seed(0)
+    (student_NV, teacher_NV), labels_N = torch.randn(2, 4, 7), torch.tensor([3, 1, IGNORED, 5])
+    objective = Objective(LossWeights.model_validate({"kl": 0, **loss}), 3.0, "cosine")
+    silent, told = (objective.per_item(student_NV, teacher_NV, labels_N, torch.full((4,), told)) for told in (False, True))
+    expected = -of_text * student_NV.log_softmax(-1)[[0, 1, 3], labels_N[[0, 1, 3]]]
+    torch.testing.assert_close(silent[[0, 1, 3]], expected)
+    assert silent[2] == told[2] == 0
+    mixed = objective.per_item(student_NV, teacher_NV, labels_N, torch.tensor([True, False, True, False]))
+    torch.testing.assert_close(mixed, torch.stack([told[0], silent[1], told[2], silent[3]]))
 
 
 @pytest.mark.parametrize("loss", [{"kl": 1}, {"kl": 1, "ce": 0.5}, {"kl": 0, "skew_kl": 1}])
