@@ -99,7 +99,7 @@ def report(rows: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> st
 
 
 def table(rows: Sequence[Mapping[str, Any]], text: str) -> Iterator[str]:
-    """A line for each arm of `rows`, which are of one text and of the same seeds: figures, and the first's difference."""
+    """A line for each arm of `rows`, of one text: figures, and what they are beside the first arm's."""
     names = list(dict.fromkeys(row["arm"] for row in rows))
     yield f"| arm | parameters, M | seeds | KL ± SE | top-1 agreement ± SE | KL − {names[0]} | each seed's KL |"
     yield "|---|--:|--:|--:|--:|--:|---|"

@@ -89,7 +89,7 @@ def _gather(parts: Parts, placed: Mapping[str, Place], scored: Importance, layer
 
 def _moved(axis: Axis, order_GV: Tensor, sizes: Mapping[Any, int]) -> Tensor:
     """Where each place of an axis is read from when value lanes of key/value heads lie in another order."""
-    num_groups, num_lanes = order_GV.shape
+    num_lanes = order_GV.shape[1]
     found, start = [], 0
     for part in axis:
         places = torch.arange(start, start := start + torch.Size(part_sizes(part, sizes)).numel())

@@ -127,11 +127,12 @@ def test_where_the_teacher_says_nothing_the_text_is_learnt(loss: dict[str, float
     torch.manual_seed(0)
     (student_NV, teacher_NV), labels_N = torch.randn(2, 4, 7), torch.tensor([3, 1, IGNORED, 5])
     objective = Objective(LossWeights.model_validate({"kl": 0, **loss}), 3.0, "cosine")
-    silent, told = (objective.per_item(student_NV, teacher_NV, labels_N, torch.full((4,), told)) for told in (False, True))
+    logits = student_NV, teacher_NV
+    silent, told = (objective.per_item(*logits, labels_N, torch.full((4,), taught)) for taught in (False, True))
     expected = -of_text * student_NV.log_softmax(-1)[[0, 1, 3], labels_N[[0, 1, 3]]]
     torch.testing.assert_close(silent[[0, 1, 3]], expected)
     assert silent[2] == told[2] == 0
-    mixed = objective.per_item(student_NV, teacher_NV, labels_N, torch.tensor([True, False, True, False]))
+    mixed = objective.per_item(*logits, labels_N, torch.tensor([True, False, True, False]))
     torch.testing.assert_close(mixed, torch.stack([told[0], silent[1], told[2], silent[3]]))
 
 
