@@ -60,7 +60,8 @@ def cut(model: PreTrainedModel, arm: str, keep: float, batches: Sequence[Tensor]
     """A model with only `keep` of the value lanes of its heads, which lanes chosen as `arm` says."""
     parts = Parts(model)
     placed = explained(parts, "ssm_channels")
-    scored = at_random(parts, seed) if arm == "random" else activation(parts, batches, lambda: None)
+    with Reporter().progress("scoring", len(batches)) as advance:
+        scored = at_random(parts, seed) if arm == "random" else activation(parts, batches, advance)
     full = [Widths.of(parts.shape, layer) for layer in range(len(parts.layers))]
     narrower = [replace(width, value_lanes=max(1, round(keep * width.value_lanes))) for width in full]
     kept = choose(scored, parts.shape, narrower)
