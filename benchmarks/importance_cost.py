@@ -2,7 +2,7 @@
 
     python -m compress.benchmarks.importance_cost MODEL_FOLDER --threads 2 [--big BIG_FOLDER]
 
-Each importance is held against the forward passes that it scores: of the backbone for `activation`, with the head and its
+Each importance is held against the forward passes that it scores: of the backbone for `activation`, with head and
 loss for `taylor`. They take turns, round by round; ratios are medians over rounds with bootstrap intervals. Peak memory
 is that of a fresh process that loads BIG_FOLDER, or MODEL_FOLDER, and of one that then scores it on as many tokens.
 Prints Markdown.

@@ -19,7 +19,7 @@ Task = Literal["causal", "masked", "classification", "embedding"]
 Rows = Ints | slice
 _ALL = slice(None)
 _ONNX_TOKENS = 1024
-"""A graph reads so many tokens at once, carrying its state, so that memory does not grow with the context."""
+"""A graph reads so many tokens at once, or what its folder says, carrying its state: memory does not grow with T."""
 
 
 class Scorer(Protocol):
@@ -110,10 +110,10 @@ def _onnx_scorer(folder: Path, task: Task, threads: int) -> Scorer:
 
 
 def _decoder_logits(model: OnnxModel, ids_T: Ints, rows_R: Ints) -> Floats:
-    """The logits (R, V) after the tokens `rows_R`, which rise, _ONNX_TOKENS read at a time."""
-    found, past = [], None
-    for start in range(0, len(ids_T), _ONNX_TOKENS):
-        ids_1N = np.asarray(ids_T[None, start : start + _ONNX_TOKENS], np.int64)
+    """The logits (R, V) after the tokens `rows_R`, which rise, read as a prompt is."""
+    found, past, chunk = [], None, model.chunk_size or _ONNX_TOKENS
+    for start in range(0, len(ids_T), chunk):
+        ids_1N = np.asarray(ids_T[None, start : start + chunk], np.int64)
         stop = start + ids_1N.shape[1]
         from_end_R = rows_R[(rows_R >= start) & (rows_R < stop)] - stop
         num_logits = -int(from_end_R.min(initial=-1))

@@ -89,7 +89,9 @@ class GenaiDecoder:
         batch_size, length = prompt_BT.shape
         total = length + num_new + 1
         params = self._genai.GeneratorParams(self._model)
-        params.set_search_options(max_length=total, min_length=total, batch_size=batch_size, do_sample=False)
+        whole = {"chunk_size": 0} if batch_size > 1 else {}  # onnxruntime-genai reads no batch in chunks
+        lengths = {"max_length": total, "min_length": total}
+        params.set_search_options(batch_size=batch_size, do_sample=False, **lengths, **whole)
         generator = self._genai.Generator(self._model, params)
 
         def first() -> None:
@@ -109,7 +111,7 @@ def load(folder: Path, runtime: str, threads: int) -> Subject:
         return GenaiDecoder(folder)
     from compress.runtime.session import OnnxModel
 
-    model = OnnxModel(folder, threads=threads)
+    model = OnnxModel(folder, threads=threads, alone=True)
     return OrtDecoder(model) if model.is_decoder else OrtEncoder(model)
 
 

@@ -33,16 +33,22 @@ class Decoder:
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3  # an error, no advice
+        options.add_session_config_entry("session.set_denormal_as_zero", "1")  # attention's masks make many
         self.session = ort.InferenceSession(folder / "model.onnx", options, providers=["CPUExecutionProvider"])
         self.inputs = {node.name: node for node in self.session.get_inputs()}
         self.length = 0
+        self.chunk_size = int(self.session.get_modelmeta().custom_metadata_map.get("compress.chunk_size", 0))
         self.cache = {name: _empty(node) for name, node in self.inputs.items() if name.startswith("past")}
         self.presents = [f"present.{name.split('.', 1)[1]}" for name in self.cache]
         if not self.cache:
             raise SystemExit(f"{folder} holds no decoder: its graph has no cache")
 
     def read(self, ids: list[int]) -> int:
-        """Read these token ids and return the one that is most likely to come next."""
+        """Read these token ids, a long prompt in chunks, and return the one that is most likely to come next."""
+        chunk = self.chunk_size or len(ids)
+        return [self._read(ids[start : start + chunk]) for start in range(0, len(ids), chunk)][-1]
+
+    def _read(self, ids: list[int]) -> int:
         self.length += len(ids)
         feeds = {
             "input_ids": [ids],

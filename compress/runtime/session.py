@@ -25,6 +25,8 @@ LOGITS_TO_KEEP = "logits_to_keep"
 """Optional input of our fused decoders: the logits of how many last tokens to compute; 0 is all, left out is 1."""
 TAKES_PADDING = "compress.right_padded_rows"
 """Key of the ONNX model's metadata that says, where it is 0, that every row must be as long as the others."""
+CHUNK_SIZE = "compress.chunk_size"
+"""Key of the ONNX model's metadata that says how many tokens of a prompt to read in one call; left out: all."""
 _CACHE_DTYPES = {"tensor(float16)": np.float16, "tensor(int8)": np.int8, "tensor(uint8)": np.uint8}
 _PAST = re.compile(r"^past.*\.(\d+)\.(key|value|(?:recurrent|conv)(?:_state)?)$")
 
@@ -60,25 +62,29 @@ class Past(list[NDArray[Any]]):
 class OnnxModel:
     """A folder's ONNX model in an ONNX Runtime session with `threads` pinned intra-op threads.
 
-    file: the graph's file, where it is not the one that the folder itself names.
+    file: the graph's file, where it is not the one that the folder itself names. alone: see `open_session`.
     Raises CompressError for a folder without a model and for a model that ONNX Runtime refuses.
     """
 
     def __init__(
-        self, folder: Path, *, threads: int = 2, provider: str = "CPUExecutionProvider", file: str = ""
-    ) -> None:
+        self, folder: Path, *, threads: int = 2, provider: str = "CPUExecutionProvider", file: str = "",
+        alone: bool = False,
+    ) -> None:  # fmt: skip
         self.folder = folder
         genai = _genai_config(folder)
         decoder = genai.get("model", {}).get("decoder", {})
-        self.session = open_session(folder / (file or decoder.get("filename", "model.onnx")), threads, provider)
+        graph = folder / (file or decoder.get("filename", "model.onnx"))
+        self.session = open_session(graph, threads, provider, alone=alone)
         self.inputs: dict[str, Any] = {node.name: node for node in self.session.get_inputs()}
         self.outputs: tuple[str, ...] = tuple(node.name for node in self.session.get_outputs())
         self.keeps_last = LOGITS_TO_KEEP in {node.name for node in self.session.get_overridable_initializers()}
         self.cache: tuple[CacheSlot, ...] = _cache_slots(self.inputs, self.outputs, decoder)
         stated = self.session.get_modelmeta().custom_metadata_map
-        shares = bool(genai.get("search", {}).get("past_present_share_buffer"))
+        search = genai.get("search", {})
+        shares = bool(search.get("past_present_share_buffer"))
         self.shares_cache: bool = shares or stated.get(SHARED_CACHE) == "1"
         self.takes_padding: bool = stated.get(TAKES_PADDING) != "0"
+        self.chunk_size: int = int(search.get("chunk_size") or stated.get(CHUNK_SIZE) or 0)
 
     @property
     def is_decoder(self) -> bool:
@@ -159,8 +165,13 @@ class Decoder:
             self._bind_cache()
 
     def prefill(self, input_ids: Ints) -> Floats:
-        """Read `input_ids` `(B, T)` or `(T,)`; the logits `(B, V)` after its last token."""
-        return self._advance(np.atleast_2d(input_ids))
+        """Read `input_ids` `(B, T)` or `(T,)`; the logits `(B, V)` after its last token.
+
+        In calls of as many tokens as the folder says a prompt is read fastest in.
+        """
+        ids_BT = np.atleast_2d(input_ids)
+        chunk = self.model.chunk_size or ids_BT.shape[1]
+        return [self._advance(ids_BT[:, start : start + chunk]) for start in range(0, ids_BT.shape[1], chunk)][-1]
 
     def step(self, token: int | Ints) -> Floats:
         """Read one token a row, `(B,)` or one number; the logits `(B, V)` after it."""

@@ -19,7 +19,7 @@ from compress.exports.onnx.states import state_shapes
 from compress.exports.onnx.tasks import task_of
 from compress.exports.onnx.weights import Model
 from compress.models.load import carry
-from compress.runtime.session import SHARED_CACHE, TAKES_PADDING
+from compress.runtime.session import CHUNK_SIZE, SHARED_CACHE, TAKES_PADDING
 from compress.stage import StageContext
 
 if TYPE_CHECKING:
@@ -27,8 +27,9 @@ if TYPE_CHECKING:
 
 
 def write_folder(
-    context: StageContext, model: PreTrainedModel, described: Model, pooling: Pooling | None, *, fused: bool
-) -> str:
+    context: StageContext, model: PreTrainedModel, described: Model, pooling: Pooling | None, *, fused: bool,
+    chunk_size: int | None,
+) -> str:  # fmt: skip
     """Write everything that a deployment needs to `context.out`; optimum's name of the task."""
     origin, out, family = context.input.path, context.out, described.shape.family
     activation = described.key("hidden_act")
@@ -42,6 +43,7 @@ def write_folder(
         if family.kind == "decoder":
             build_decoder(blocks, native=_has_native_mixers(context, described) if fused else False)
             metadata |= {SHARED_CACHE: str(int(fused)), TAKES_PADDING: str(int(takes_padding(blocks)))}
+            metadata |= {CHUNK_SIZE: str(chunk_size)} if fused and chunk_size else {}
         else:
             build_encoder(blocks, pooling)
         graph.save(metadata)
@@ -50,7 +52,8 @@ def write_folder(
     config = {key: value for key, value in context.input.config.items() if key not in left_out}
     write_json(out / "config.json", config)
     if fused and family.kind == "decoder" and _fits_genai(context, described):
-        write_json(out / "genai_config.json", genai_config(described, _generation(context), context.target.threads))
+        told = genai_config(described, _generation(context), context.target.threads, chunk_size)
+        write_json(out / "genai_config.json", told)
     return task
 
 

@@ -8,12 +8,15 @@ from typing import Any
 from compress.exports.onnx.weights import Model
 from compress.mixers.spec import FULL, LINEAR
 from compress.models.anatomy import HYBRID
+from compress.runtime.ort import DENORMAL_AS_ZERO
 
 GENERIC_TYPE = "decoder"
 _OWN_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 
 
-def genai_config(model: Model, generation: Mapping[str, Any], threads: int) -> dict[str, Any]:
+def genai_config(
+    model: Model, generation: Mapping[str, Any], threads: int, chunk_size: int | None
+) -> dict[str, Any]:
     """The config of a fused decoder. generation: the model's `generation_config.json`, whose token ids win."""
     softmax = [layer for layer, spec in enumerate(model.mixers) if not spec]
     shape = model.shape.of_layer(softmax[0] if softmax else 0)
@@ -25,7 +28,10 @@ def genai_config(model: Model, generation: Mapping[str, Any], threads: int) -> d
     ids.setdefault("pad_token_id", _first(ids.get("eos_token_id", 0)))
     decoder: dict[str, Any] = {
         "filename": "model.onnx",
-        "session_options": {"log_id": "onnxruntime-genai", "intra_op_num_threads": threads, "provider_options": []},
+        "session_options": {
+            "log_id": "onnxruntime-genai", "intra_op_num_threads": threads, DENORMAL_AS_ZERO: "1",
+            "provider_options": [],
+        },
         "hidden_size": shape.hidden_size,
         "num_attention_heads": shape.num_attention_heads,
         "num_key_value_heads": shape.num_key_value_heads,
@@ -46,6 +52,7 @@ def genai_config(model: Model, generation: Mapping[str, Any], threads: int) -> d
     length, model_type = shape.max_position_embeddings, shape.model_type.removeprefix(HYBRID)
     kind = model_type if model_type in _OWN_TYPES else GENERIC_TYPE
     search = {"max_length": length, "do_sample": False, "num_beams": 1, "past_present_share_buffer": True}
+    search |= {} if chunk_size is None else {"chunk_size": chunk_size}
     described = {"type": kind, "context_length": length, "vocab_size": shape.vocab_size, **ids, "decoder": decoder}
     return {"model": described, "search": search}
 

@@ -37,7 +37,7 @@ class ExportOnnx(Stage):
     """
 
     name: ClassVar[str] = "export-onnx"
-    version: ClassVar[int] = 4
+    version: ClassVar[int] = 5
     summary: ClassVar[str] = "Write a folder that ONNX Runtime and onnxruntime-genai run, checked against torch"
     accepts: ClassVar[frozenset[Format]] = frozenset({"torch", "quantized"})
     returns: ClassVar[Format] = "onnx"
@@ -58,6 +58,11 @@ class ExportOnnx(Stage):
         description="int8: keys and values are cached in a quarter of the bytes, with a scale for each channel, from "
         "training text; what that costs is among the figures",
     )
+    chunk_size: int | None = Field(
+        256, ge=1,
+        description="tokens of a prompt that are read in one call, by onnxruntime-genai and by this tool: attention's "
+        "masks and a layer's activations stay small; null: all at once (decoders, fused)",
+    )  # fmt: skip
     parity_tolerance: float = Field(
         1e-3, gt=0, le=1, description="largest difference of a logit from torch's, activations unrounded"
     )
@@ -107,7 +112,11 @@ class ExportOnnx(Stage):
     def settled(self, given: Given) -> Mapping[str, Any]:
         """Floats have one format; of quantised weights the format is the input's."""
         is_float = given.formats[INPUT] == "torch"
-        return counted(self, {"format": "fp32" if is_float else None if self.format == "auto" else self.format})
+        chunked = self.fused and given.shape.family.kind == "decoder"
+        return counted(self, {
+            "format": "fp32" if is_float else None if self.format == "auto" else self.format,
+            "chunk_size": self.chunk_size if chunked else None,
+        })  # fmt: skip
 
     def rounds_activations(self, given: Given) -> bool:
         return super().rounds_activations(given) or self.kv_cache == "int8"
@@ -160,7 +169,7 @@ class ExportOnnx(Stage):
             fitted, held_out = text_blocks(context.data, tokenizer, described)
             described = replace(described, cache_scales=cache_scales(model, described, fitted))
         pooling = read_pooling(context.input.path) if described.shape.family.kind == "encoder" else None
-        task = write_folder(context, model, described, pooling, fused=self.fused)
+        task = write_folder(context, model, described, pooling, fused=self.fused, chunk_size=self.chunk_size)
         return expectations(model, tokenizer, task, pooling), held_out
 
 

@@ -21,6 +21,7 @@ from compress.models.anatomy import FAMILIES, shape_of
 from compress.models.load import load_model
 from compress.quant.schemes import SCHEMES
 from compress.runtime.session import OnnxModel
+from compress.stage import INPUT, Given
 from pico import MODEL_TYPES, make_pico
 
 DECODERS = [name for name in MODEL_TYPES if name != "bert"]
@@ -190,6 +191,33 @@ def test_genai_runs_the_folder_unchanged(exported: Callable[[str, bool], Path], 
     assert tokens == expected[: len(tokens)].tolist()
     assert len(tokens) == 24 or tokens[-1] == 0  # the end token
     assert og.Tokenizer(og.Model(str(folder))).decode(tokens)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+def test_a_prompt_in_chunks_is_the_prompt(
+    exported: Callable[[str, bool], Path], pico: Pico, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_type: str
+) -> None:
+    folder, whole = tmp_path / "chunks", OnnxModel(exported(model_type, True), threads=1)
+    export(pico(model_type), folder, chunk_size=7)
+    chunked, read = OnnxModel(folder, threads=1), list[int]()
+    assert (whole.chunk_size, chunked.chunk_size) == (256, 7)
+    expected = whole.decoder(64).prefill(PROMPT)
+    feeds = OnnxModel.token_feeds
+    monkeypatch.setattr(OnnxModel, "token_feeds", lambda *args: (read.append(args[1].shape[1]), feeds(*args))[1])
+    np.testing.assert_allclose(chunked.decoder(64).prefill(PROMPT), expected, atol=1e-5)
+    assert read == [7, 7, 3]
+    assert json.loads((folder / "genai_config.json").read_text())["search"]["chunk_size"] == 7
+    assert genai_tokens(folder, PROMPT, 24) == genai_tokens(exported(model_type, True), PROMPT, 24)
+
+
+def test_only_a_fused_decoder_is_read_in_chunks(exported: Callable[[str, bool], Path], pico: Pico) -> None:
+    assert OnnxModel(exported("llama", False), threads=1).chunk_size == 0
+    keys = {}
+    for model_type, fused in (("llama", True), ("llama", False), ("bert", True)):
+        shape = shape_of(json.loads((pico(model_type) / "config.json").read_text()))
+        given = Given(shape, {INPUT: "torch"}, frozenset())
+        keys[model_type, fused] = ExportOnnx(fused=fused).settled(given).get("chunk_size")
+    assert keys == {("llama", True): 256, ("llama", False): None, ("bert", True): None}
 
 
 def test_files_names_and_licence(exported: Callable[[str, bool], Path], pico: Pico) -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from subprocess import PIPE
 from typing import Any
 
 import numpy as np
@@ -43,6 +46,21 @@ def test_steps_are_the_whole(folder: Path) -> None:
     assert decoder.length == 20
     with pytest.raises(ValueError, match="do not fit"):
         decoder.step(1)
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_the_calling_thread_keeps_its_denormals_unless_it_is_alone(folder: Path, alone: bool) -> None:
+    script = f"""
+import numpy as np
+from pathlib import Path
+from compress.runtime.session import OnnxModel
+model = OnnxModel(Path({str(folder)!r}), threads=1, alone={alone})
+print(float(np.full(4, 1e-39, np.float32).__mul__(np.float32(1.5))[0]))
+print(model.decoder(20).prefill(np.arange(40, 60)).argmax(-1).tolist())
+"""
+    value, best = subprocess.run([sys.executable, "-c", script], stdout=PIPE, text=True, check=True).stdout.splitlines()
+    assert (float(value) == 0) == alone
+    assert best == str(OnnxModel(folder, threads=1).decoder(20).prefill(IDS).argmax(-1).tolist())
 
 
 def test_rows_of_a_batch_are_alike(folder: Path) -> None:
