@@ -9,7 +9,7 @@ from typing import Any
 from compress.errors import CompressError
 
 DENORMAL_AS_ZERO = "session.set_denormal_as_zero"
-"""Key of a session: numbers below 1e-38, which slow a CPU down and which masked lanes of attention are full of, are 0."""
+"""Key of a session: numbers below 1e-38, which are slow and which attention's masked lanes are full of, are zero."""
 _SMALLEST = (
     b'\x08\n:/\n\x10\n\x01x\x12\x01y"\x08Identity\x12\x01gZ\x0b\n\x01x\x12\x06\n\x04\x08\x01\x12\x00'
     b"b\x0b\n\x01y\x12\x06\n\x04\x08\x01\x12\x00B\x04\n\x00\x10\x15"

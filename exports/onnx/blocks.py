@@ -29,11 +29,15 @@ class Stream:
 
 @dataclass(frozen=True)
 class Blocks:
-    """Emits the parts of `model` into `graph`."""
+    """Emits the parts of `model` into `graph`.
+
+    reads: for the prompts of a model that reads them by other weights than it writes by.
+    """
 
     graph: Graph
     model: Model
     fused: bool
+    reads: bool = False
 
     def linear(
         self, x: str, *paths: str, name: str = "", rows: NDArray[np.int64] | None = None, constant: float = 0.0
@@ -46,6 +50,7 @@ class Blocks:
         weight = stack_rows([self.model.matrix(path) for path in paths], rows)
         bias = self._bias(name, paths, rows, constant)
         if isinstance(weight, QTensor):
+            name = f"{name}.prompt" if self.reads and weight.scheme.dynamic else name
             return Matrix(self.graph, name, weight, self.fused).project(x, bias)
         product = self.graph.op("MatMul", x, self.graph.weight(f"{name}.weight", array(weight).T))
         return self.graph.op("Add", product, bias) if bias else product
@@ -53,9 +58,9 @@ class Blocks:
     def linears(self, x: str, *paths: str, name: str) -> tuple[str, ...]:
         """`linear` of each path: by one operator, which reads and rounds x once, where one can hold them all.
 
-        name: what the stacked weight is called.
+        name: what the stacked weight is called. Of a prompt, splitting what comes out costs more than it saves.
         """
-        if not self.can_stack(*paths):
+        if self.reads or not self.can_stack(*paths):
             return tuple(self.linear(x, path) for path in paths)
         whole, widths = self.linear(x, *paths, name=name), [self.model.matrix(path).shape[0] for path in paths]
         return self.graph.split(whole, *widths)

@@ -9,8 +9,11 @@ P past tokens, S = P + T.
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 
+from compress.exports.onnx import FEW
 from compress.exports.onnx.attention import FusedInputs, fused_attention, plain_attention
 from compress.exports.onnx.blocks import Blocks, Stream
 from compress.exports.onnx.graph import Dimension, Graph
@@ -23,9 +26,10 @@ from compress.runtime.session import LOGITS_TO_KEEP
 BATCH, NEW, PAST, TOTAL = "batch_size", "sequence_length", "past_sequence_length", "total_sequence_length"
 
 
-def build_decoder(blocks: Blocks, *, native: bool = True) -> None:
+def build_decoder(blocks: Blocks, reading: Blocks | None = None, *, native: bool = True) -> None:
     """Emit the whole decoder. Its rows may be padded on the left where it is not fused, on the right where it is.
 
+    reading: what reads more than `FEW` new tokens, where it is not what reads fewer; both share the embedding and head.
     native: whether ONNX Runtime has the recurrences of linear layers as operators.
     """
     graph, model = blocks.graph, blocks.model
@@ -43,14 +47,31 @@ def build_decoder(blocks: Blocks, *, native: bool = True) -> None:
         places = positions(graph) if blocks.fused else "position_ids"
         stream = Stream(stream.value, blocks.embed(places, model.prefix + family.position_embedding))
     inputs = decoder_inputs(blocks, native=native)
-    for layer in range(shape.num_hidden_layers):
-        with graph.scope(f"layers.{layer}"):
-            stream = _layer(blocks, stream, layer, inputs)
-    hidden = blocks.last_norm(stream, model.prefix + family.final_norm)
+    cache = [(layer, name) for layer in range(shape.num_hidden_layers) for name in _cache(blocks, layer, TOTAL)]
+    if reading is None:
+        hidden, *presents = _body(blocks, stream, inputs)
+    else:
+        is_prompt = graph.op("Greater", size(graph, "input_ids", 1), graph.scalar(FEW, np.int64))
+        bodies = {name: partial(_body, own, stream, inputs) for name, own in (("prompt", reading), ("token", blocks))}
+        dtypes: list[type[np.generic]] = [np.float32, *(_cache_dtype(model, layer) for layer, _ in cache)]
+        hidden, *presents = graph.either(is_prompt, bodies, dtypes)
+    for (layer, name), present in zip(cache, presents, strict=True):
+        dimensions = _cache(blocks, layer, TOTAL)[name]
+        graph.output(present, f"present.{layer}.{name}", _cache_dtype(model, layer), dimensions)
     if blocks.fused:
         hidden = _kept(graph, hidden)
     num_logits = 1 if blocks.fused else NEW  # onnxruntime-genai reads from the declared shape how many it gets
     graph.output(_head(blocks, hidden), "logits", np.float32, [BATCH, num_logits, shape.vocab_size])
+
+
+def _body(blocks: Blocks, stream: Stream, inputs: Inputs) -> list[str]:
+    """What the layers and the last norm make of the stream; then the cache of each layer, in the order of `_cache`."""
+    model, presents = blocks.model, list[str]()
+    for layer in range(model.shape.num_hidden_layers):
+        with blocks.graph.scope(f"layers.{layer}"):
+            stream, present = _layer(blocks, stream, layer, inputs)
+        presents += [present[name] for name in _cache(blocks, layer, TOTAL)]
+    return [blocks.last_norm(stream, model.prefix + model.shape.family.final_norm), *presents]
 
 
 def _cache(blocks: Blocks, layer: int, length: str) -> dict[str, list[Dimension]]:
@@ -67,19 +88,18 @@ def _cache_dtype(model: Model, layer: int) -> type[np.generic]:
     return np.int8 if layer in model.cache_scales else np.float32
 
 
-def _layer(blocks: Blocks, stream: Stream, layer: int, inputs: Inputs) -> Stream:
+def _layer(blocks: Blocks, stream: Stream, layer: int, inputs: Inputs) -> tuple[Stream, dict[str, str]]:
+    """The stream behind a layer, and its cache by name."""
     graph, model, family = blocks.graph, blocks.model, blocks.model.shape.family
     normed, stream = blocks.skip_norm(stream, model.layer(layer, family.attention_norm))
     with graph.scope("attention"):
         mixed, present = _mixed(blocks, normed, layer, inputs)
         attended = blocks.linear(mixed, model.layer(layer, f"{family.attention.path}.{family.attention.out}"))
-    for name, dimensions in _cache(blocks, layer, TOTAL).items():
-        graph.output(present[name], f"present.{layer}.{name}", _cache_dtype(model, layer), dimensions)
     if model.shape.residual == "parallel":
         normed = blocks.norm(stream.value, model.layer(layer, family.mlp_norm))
-        return Stream(stream.value, graph.op("Add", attended, mlp(blocks, normed, layer)))
+        return Stream(stream.value, graph.op("Add", attended, mlp(blocks, normed, layer))), present
     normed, stream = blocks.skip_norm(Stream(stream.value, attended), model.layer(layer, family.mlp_norm))
-    return Stream(stream.value, mlp(blocks, normed, layer))
+    return Stream(stream.value, mlp(blocks, normed, layer)), present
 
 
 def _mixed(blocks: Blocks, x: str, layer: int, inputs: Inputs) -> tuple[str, dict[str, str]]:

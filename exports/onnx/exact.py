@@ -14,7 +14,7 @@ import onnx
 from onnx import GraphProto, NodeProto, TensorProto, helper, numpy_helper
 
 from compress.exports.onnx.attention import CACHE_SCALES, QUANTISED_CACHE
-from compress.exports.onnx.graph import MODEL_FILE
+from compress.exports.onnx.graph import MODEL_FILE, with_subgraphs
 
 EXACT_FILE = "model.exact.onnx"
 FLOAT_CACHE_FILE = "model.float_cache.onnx"
@@ -26,9 +26,11 @@ def write_exact(folder: Path) -> bool:
     model = onnx.load(folder / MODEL_FILE, load_external_data=False)
     before = model.graph.SerializeToString()
     _float_cache(model.graph)
-    nodes = _Exact(model.graph).nodes()
-    del model.graph.node[:]
-    model.graph.node.extend(nodes)
+    sizes = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
+    for graph in reversed([*with_subgraphs(model.graph)]):  # those inside first: twins of what holds them are copies
+        nodes = _Exact(graph, sizes).nodes()
+        del graph.node[:]
+        graph.node.extend(nodes)
     if model.graph.SerializeToString() == before:
         return False
     onnx.save(model, folder / EXACT_FILE)
@@ -43,23 +45,22 @@ def write_float_cache(folder: Path) -> None:
 
 
 def _float_cache(graph: GraphProto) -> None:
-    for node in graph.node:
+    for node in (node for each in with_subgraphs(graph) for node in each.node):
         if node.op_type == "GroupQueryAttention":
             kept = [attribute for attribute in node.attribute if attribute.name not in QUANTISED_CACHE]
             del node.attribute[:]
             node.attribute.extend(kept)
             del node.input[CACHE_SCALES:]
-    for value in (*graph.input, *graph.output):
+    for value in (value for each in with_subgraphs(graph) for value in (*each.input, *each.output)):
         if value.type.tensor_type.elem_type == TensorProto.INT8:
             value.type.tensor_type.elem_type = TensorProto.FLOAT
 
 
 class _Exact:
-    """The twins of a graph's nodes."""
+    """The twins of the nodes of one graph. sizes: of the weights."""
 
-    def __init__(self, graph: GraphProto) -> None:
-        self._graph = graph
-        self._sizes = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
+    def __init__(self, graph: GraphProto, sizes: Mapping[str, tuple[int, ...]]) -> None:
+        self._graph, self._sizes = graph, sizes
         self._activations = {node.output[0] for node in graph.node if node.op_type == "QuantizeLinear"}
         self._twins: Mapping[str, Callable[[NodeProto], Iterable[NodeProto]]] = {
             "MatMulNBits": self._n_bits,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from compress.artifact import write_json
@@ -41,7 +42,8 @@ def write_folder(
         blocks = Blocks(graph, described, fused)
         metadata = {"task": task, "fused": str(fused), SHARED_CACHE: "0"}
         if family.kind == "decoder":
-            build_decoder(blocks, native=_has_native_mixers(context, described) if fused else False)
+            reads = replace(blocks, model=described.reading, reads=True) if described.prompt else None
+            build_decoder(blocks, reads, native=_has_native_mixers(context, described) if fused else False)
             metadata |= {SHARED_CACHE: str(int(fused)), TAKES_PADDING: str(int(takes_padding(blocks)))}
             metadata |= {CHUNK_SIZE: str(chunk_size)} if fused and chunk_size else {}
         else:

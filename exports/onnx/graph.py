@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -41,6 +41,7 @@ class Graph:
         self._scope: list[str] = []
         self._taken: dict[str, Iterator[int]] = {}
         self._made: dict[bytes, tuple[str, ...]] = {}
+        self._is_branch = False
 
     def __enter__(self) -> Self:
         return self
@@ -76,8 +77,13 @@ class Graph:
         return name in self._initializers
 
     def weight(self, name: str, array: NDArray[Any], *, nibbles: bool = False) -> str:
-        """Store `array` in the data file under `name`. nibbles: as uint4, two a byte, the first in the low bits."""
+        """Store `array` in the data file under `name`. nibbles: as uint4, two a byte, the first in the low bits.
+
+        In a branch, a weight that is stored already is the other branch's, and serves.
+        """
         if name in self._initializers:
+            if self._is_branch:
+                return name
             raise ValueError(f"weight {name} is stored already")
         self._data.write(b"\0" * (-self._data.tell() % _ALIGNMENT))
         dtype = TensorProto.UINT4 if nibbles else helper.np_dtype_to_tensor_dtype(array.dtype)
@@ -137,12 +143,35 @@ class Graph:
             self._made[what] = values
         return self._made[what]
 
+    def either(
+        self, condition: str, branches: Mapping[str, Callable[[], Sequence[str]]], dtypes: Sequence[type[np.generic]]
+    ) -> tuple[str, ...]:
+        """The values that the first of two `branches` makes where `condition`, a scalar, is true, else the second's.
+
+        Both see what was made before, and share the graph's weights; what they make is named by their scopes.
+        """
+        then, otherwise = (self._branch(name, make, dtypes) for name, make in branches.items())
+        return self.ops(
+            "If", [condition], len(dtypes), attributes={"then_branch": then, "else_branch": otherwise}
+        )
+
     def save(self, metadata: Mapping[str, str]) -> None:
         """Write `model.onnx`."""
         graph = helper.make_graph(self._nodes, self._name, self._inputs, self._outputs, [*self._initializers.values()])
         model = as_model(graph)
         helper.set_model_props(model, dict(metadata))
         onnx.save(model, self._folder / MODEL_FILE)
+
+    def _branch(
+        self, name: str, make: Callable[[], Sequence[str]], dtypes: Sequence[type[np.generic]]
+    ) -> onnx.GraphProto:
+        outside = self._nodes, self._made, self._is_branch
+        self._nodes, self._made, self._is_branch = [], dict(self._made), True
+        with self.scope(name):
+            values = make()
+        nodes, (self._nodes, self._made, self._is_branch) = self._nodes, outside
+        outputs = [_value(value, dtype, None) for value, dtype in zip(values, dtypes, strict=True)]
+        return helper.make_graph(nodes, name, [], outputs)
 
     def _unique(self, name: str) -> str:
         count = next(self._taken.setdefault(name, itertools.count()))
@@ -161,11 +190,21 @@ class Graph:
 
 def as_model(graph: onnx.GraphProto) -> onnx.ModelProto:
     """The graph with the lowest opset, of those that we write, that has all of its operators."""
-    is_newer = any(node.op_type in _NEWER and not node.domain for node in graph.node)
+    nodes = [node for each in with_subgraphs(graph) for node in each.node]
+    is_newer = any(node.op_type in _NEWER and not node.domain for node in nodes)
     opset, ir_version = _NEWER_VERSIONS if is_newer else _VERSIONS
-    domains = {node.domain for node in graph.node} - {""}
+    domains = {node.domain for node in nodes} - {""}
     opsets = [helper.make_opsetid("", opset), *(helper.make_opsetid(domain, 1) for domain in sorted(domains))]
     return helper.make_model(graph, opset_imports=opsets, ir_version=ir_version, producer_name="compress")
+
+
+def with_subgraphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+    """The graph and every one inside it: bodies of loops, branches."""
+    yield graph
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                yield from with_subgraphs(attribute.g)
 
 
 def _two_a_byte(codes: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -173,5 +212,5 @@ def _two_a_byte(codes: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return flat[::2] | np.left_shift(flat[1::2], 4, dtype=np.uint8)
 
 
-def _value(name: str, dtype: type[np.generic], shape: Sequence[Dimension]) -> onnx.ValueInfoProto:
+def _value(name: str, dtype: type[np.generic], shape: Sequence[Dimension] | None) -> onnx.ValueInfoProto:
     return helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(np.dtype(dtype)), shape)

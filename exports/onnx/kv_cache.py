@@ -84,7 +84,7 @@ def cache_loss(folder: Path, ids_BT: Ints, threads: int) -> dict[str, float]:
     rounded, exact = OnnxModel(folder, threads=threads), OnnxModel(folder, threads=threads, file=FLOAT_CACHE_FILE)
     divergence, loss = [], []
     for ids_1T in ids_BT[:, None]:
-        log_q, log_p = (_log_softmax(onnx.forward(ids_1T)[0][0, :-1]) for onnx in (rounded, exact))
+        log_q, log_p = (log_softmax(onnx.forward(ids_1T)[0][0, :-1]) for onnx in (rounded, exact))
         divergence.append((np.exp(log_p) * (log_p - log_q)).sum(-1))
         loss.append(np.take_along_axis(log_p - log_q, ids_1T[0, 1:, None], axis=-1))
     (folder / FLOAT_CACHE_FILE).unlink()
@@ -96,7 +96,8 @@ def cache_loss(folder: Path, ids_BT: Ints, threads: int) -> dict[str, float]:
     }
 
 
-def _log_softmax(logits_TV: NDArray[Any]) -> NDArray[np.float64]:
+def log_softmax(logits_TV: NDArray[Any]) -> NDArray[np.float64]:
+    """Log-probabilities in double precision."""
     shifted = logits_TV.astype(np.float64) - logits_TV.max(-1, keepdims=True)
     result: NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
     return result

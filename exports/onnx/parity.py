@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from compress.artifact import write_json
 from compress.errors import StageFailed
+from compress.exports.onnx import FEW
 from compress.exports.onnx.encoder import Pooling
 from compress.exports.onnx.exact import EXACT_FILE, write_exact
 from compress.exports.onnx.tasks import dummy_inputs
@@ -22,6 +23,9 @@ from compress.runtime.session import OnnxModel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from compress.exports.onnx.weights import Model
+    from compress.quant.qtensor import QTensor
 
 NUM_GREEDY = 32
 """Tokens generated after each prompt: 64 together."""
@@ -85,18 +89,22 @@ class Parity:
 
 
 def expectations(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: str, pooling: Pooling | None
-) -> Expectations:
-    """Run torch over the fixed prompts."""
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: str, pooling: Pooling | None,
+    described: Model, chunk_size: int | None,
+) -> Expectations:  # fmt: skip
+    """Run torch over the fixed prompts, which are read in one call, by the weights that read prompts."""
     import pydoc_data.topics
 
     is_decoder = task.endswith("-with-past")
-    room = min(MAX_PROMPT, model.config.max_position_embeddings - NUM_GREEDY)
+    room = min(MAX_PROMPT, model.config.max_position_embeddings - NUM_GREEDY, chunk_size or MAX_PROMPT)
     expected = []
     for page, share in _PAGES.items():
         options = {"add_special_tokens": False, "truncation": True, "max_length": max(2, int(room * share))}
         prompt = np.asarray(tokenizer(pydoc_data.topics.topics[page], **options)["input_ids"], np.int64)[None]
-        expected.append(_expect_decoder(model, prompt) if is_decoder else _expect_encoder(model, prompt, pooling))
+        weights = described.prompt if prompt.shape[1] > FEW else {}
+        expected.append(
+            _expect_decoder(model, prompt, weights) if is_decoder else _expect_encoder(model, prompt, pooling)
+        )
     return Expectations(tuple(expected), dummy_inputs(model, task))
 
 
@@ -125,15 +133,17 @@ def verify(folder: Path, expected: Expectations, tolerance: float, threads: int)
     return exact, shipped
 
 
-def _expect_decoder(model: PreTrainedModel, prompt: NDArray[np.int64]) -> Expected:
-    """torch's logits and greedy tokens, with its own cache."""
+def _expect_decoder(model: PreTrainedModel, prompt: NDArray[np.int64], weights: Mapping[str, QTensor]) -> Expected:
+    """torch's logits and greedy tokens, with its own cache. weights: those that read the prompt, where others write."""
     import torch
 
+    from compress.exports.onnx.prompt import reading
     from compress.mixers.cache_name import CACHE
 
     run: Any = model
     with torch.inference_mode():
-        output = run(input_ids=torch.from_numpy(prompt), use_cache=True)
+        with reading(model, weights):
+            output = run(input_ids=torch.from_numpy(prompt), use_cache=True)
         outputs = {"logits": output.logits.numpy()}
         tokens: list[int] = []
         stepwise = [output.logits[0, -1].numpy()]

@@ -11,9 +11,11 @@ from pydantic import Field
 
 from compress.artifact import Format, Metrics
 from compress.errors import Problem, StageFailed
+from compress.exports.onnx import FEW
 from compress.models.anatomy import ModelShape
 from compress.options import counted
 from compress.quant import bnb
+from compress.quant.choice import matches, projections
 from compress.quant.schemes import SCHEMES, Scheme
 from compress.stage import INPUT, Given, Stage, StageContext
 
@@ -63,6 +65,16 @@ class ExportOnnx(Stage):
         description="tokens of a prompt that are read in one call, by onnxruntime-genai and by this tool: attention's "
         "masks and a layer's activations stay small; null: all at once (decoders, fused)",
     )  # fmt: skip
+    prompt: Literal["int8"] | None = Field(
+        None,
+        description="int8: more than 8 new tokens at once are read by int8 weights that stand for the same values, "
+        "activations rounded per call, in the same file; what that costs is among the figures (weights in blocks)",
+    )
+    prompt_exceptions: Literal["auto"] | tuple[str, ...] = Field(
+        "auto",
+        description="prompt: int8: projections that read prompts by the weights that write, by the path of the module "
+        "or its end; auto: those that rounded activations harm, found on training text; []: none",
+    )
     parity_tolerance: float = Field(
         1e-3, gt=0, le=1, description="largest difference of a logit from torch's, activations unrounded"
     )
@@ -81,6 +93,7 @@ class ExportOnnx(Stage):
             yield Problem("fused", what, "set fused: false")
         if any(spec and spec.window for spec in model.mixers or ()) and (problem := _missing_window()):
             yield problem
+        yield from self._prompt_problems(model)
         if self.kv_cache == "float32":
             return
         if model.family.kind != "decoder" or not has_softmax:
@@ -90,6 +103,25 @@ class ExportOnnx(Stage):
         elif problem := _missing_cache():
             yield problem
 
+    def _prompt_problems(self, model: ModelShape) -> Iterator[Problem]:
+        """Why this model's prompts can't be read by other weights."""
+        if self.prompt is None:
+            if "prompt_exceptions" in self.model_fields_set:
+                yield Problem("prompt_exceptions", "prompts are not read in int8", "set prompt: int8, or remove it")
+            return
+        if model.family.kind != "decoder":
+            yield Problem("prompt", f"{model.model_type} is an encoder, which reads all at once", "format: int8")
+        elif not self.fused:
+            yield Problem("prompt", "standard operators compute one body", "set fused: true")
+        elif self.chunk_size is not None and self.chunk_size <= FEW:
+            what = f"chunks of {self.chunk_size} are read by the weights that write: prompts begin above {FEW} tokens"
+            yield Problem("chunk_size", what, "256")
+        elif problem := _missing_int8():
+            yield problem
+        for pattern in self.prompt_exceptions if self.prompt_exceptions != "auto" else ():
+            if not any(matches(path, pattern) for path, _, _ in projections(model)):
+                yield Problem("prompt_exceptions", f"no projection's path is or ends with {pattern!r}")
+
     def check_input(self, previous: Stage) -> Iterator[Problem]:
         """What was quantised before by a scheme that `format` does not mean or that has no standard operator.
 
@@ -98,6 +130,9 @@ class ExportOnnx(Stage):
         name = getattr(previous, "scheme", None)
         if name in bnb.BITS:
             yield Problem("", bnb.PYTORCH_ONLY, "quantize by another scheme, as w4-block32")
+        if self.prompt and (previous.returns != "quantized" or name not in SCHEMES or not SCHEMES[name].blockwise):
+            what = "is of a model whose weights are in blocks, and this one's are not"
+            yield Problem("prompt", what, "quantize or qat before it, as w4-block32")
         if previous.returns != "quantized" or name not in SCHEMES:
             return
         if problem := _other_format(self.format, name):
@@ -106,8 +141,10 @@ class ExportOnnx(Stage):
             yield problem
 
     def reads(self) -> frozenset[Literal["train", "eval"]]:
-        """The text that an int8 cache is fitted to, and that which its loss is measured on."""
-        return frozenset({"train", "eval"}) if self.kv_cache == "int8" else self.splits
+        """The text that an int8 cache and int8 prompts are fitted to, and that which their loss is measured on."""
+        if self.prompt is not None and self.prompt_exceptions != "auto" and self.kv_cache != "int8":
+            return frozenset({"eval"})
+        return frozenset({"train", "eval"}) if self.kv_cache == "int8" or self.prompt else self.splits
 
     def settled(self, given: Given) -> Mapping[str, Any]:
         """Floats have one format; of quantised weights the format is the input's."""
@@ -116,10 +153,11 @@ class ExportOnnx(Stage):
         return counted(self, {
             "format": "fp32" if is_float else None if self.format == "auto" else self.format,
             "chunk_size": self.chunk_size if chunked else None,
+            "prompt_exceptions": self.prompt_exceptions if self.prompt else None,
         })  # fmt: skip
 
     def rounds_activations(self, given: Given) -> bool:
-        return super().rounds_activations(given) or self.kv_cache == "int8"
+        return super().rounds_activations(given) or self.kv_cache == "int8" or self.prompt is not None
 
     def depends_on_cpu(self, given: Given) -> bool:
         """Where what is rounded is compared with torch."""
@@ -133,14 +171,18 @@ class ExportOnnx(Stage):
         """Export, compare and describe. Raises StageFailed beyond the tolerance, saying by how much."""
         from compress.exports.onnx.kv_cache import cache_loss
         from compress.exports.onnx.parity import verify
+        from compress.exports.onnx.prompt import prompt_loss
 
         start = time.perf_counter()
         _refuse_other_format(context.input, self.format)
         with context.reporter.progress("export", 3) as advance:
             expected, held_out = self._export(context)
             advance(1, "written")
-            parity, shipped = verify(context.out, expected, self.parity_tolerance, context.target.threads)
-            lost = {} if held_out is None else cache_loss(context.out, held_out, context.target.threads)
+            threads = context.target.threads
+            parity, shipped = verify(context.out, expected, self.parity_tolerance, threads)
+            losses = {"kv_cache": cache_loss, "prompt": prompt_loss}
+            lost = {name: value for what, ids_BT in held_out.items()
+                    for name, value in losses[what](context.out, ids_BT, threads).items()}  # fmt: skip
             advance(2, "compared")
         if shipped is not parity:
             what = "what is rounded moves logits by %.2g at most, whole against step by step by %.2g"
@@ -149,28 +191,36 @@ class ExportOnnx(Stage):
         figures = {"parity_max_error": parity.max_error, "greedy_mismatches": float(parity.mismatches), **lost}
         return {"result": {**figures, "export_seconds": seconds}}
 
-    def _export(self, context: StageContext) -> tuple[Expectations, NDArray[np.int64] | None]:
-        """Write all but `parity.json`; what torch computes, for the comparison, and the text `(B, T)` for the cache's.
+    def _export(self, context: StageContext) -> tuple[Expectations, dict[str, NDArray[np.int64]]]:
+        """Write all but `parity.json`; what torch computes, for the comparison, and text `(B, T)` for options' losses.
 
         Torch's weights are freed here.
         """
+        from compress.exports.onnx import prompt
         from compress.exports.onnx.describe import load
         from compress.exports.onnx.encoder import read_pooling
         from compress.exports.onnx.folder import write_folder
         from compress.exports.onnx.kv_cache import cache_scales, text_blocks
         from compress.exports.onnx.parity import expectations
         from compress.models.load import load_tokenizer
+        from compress.quant.qtensor import QTensor
 
         tokenizer = load_tokenizer(context.input.path)
         model, described = load(context.input)
         _refuse_missing(described, fused=self.fused)
-        held_out = None
+        held_out: dict[str, NDArray[np.int64]] = {}
         if self.kv_cache == "int8":
-            fitted, held_out = text_blocks(context.data, tokenizer, described)
+            fitted, held_out["kv_cache"] = text_blocks(context.data, tokenizer, described)
             described = replace(described, cache_scales=cache_scales(model, described, fitted))
+        if self.prompt is not None:
+            scored, held_out["prompt"] = prompt.text_blocks(context.data, tokenizer, described, self.prompt_exceptions)
+            weights = prompt.prompt_weights(model, described.tensors, self.prompt_exceptions, scored)
+            described = replace(described, prompt=weights)
+            left = sum(isinstance(each, QTensor) for each in described.tensors.values()) - len(weights)
+            context.reporter.log.info("prompts: %d projections in int8, %d as they are", len(weights), left)
         pooling = read_pooling(context.input.path) if described.shape.family.kind == "encoder" else None
         task = write_folder(context, model, described, pooling, fused=self.fused, chunk_size=self.chunk_size)
-        return expectations(model, tokenizer, task, pooling), held_out
+        return expectations(model, tokenizer, task, pooling, described, self.chunk_size), held_out
 
 
 def _refuse_other_format(artifact: Artifact, wanted: str) -> None:
@@ -220,6 +270,13 @@ def _missing_window() -> Problem | None:
 
     fix = "upgrade onnxruntime, or convert without window"
     return lacking("", f"{WINDOW} of opset 23", fix) if missing([WINDOW]) else None
+
+
+def _missing_int8() -> Problem | None:
+    from compress.exports.onnx.operators import lacking, missing
+
+    operator = "DynamicQuantizeMatMul"
+    return lacking("prompt", operator, "upgrade onnxruntime, or remove it") if missing([operator]) else None
 
 
 def _missing_cache() -> Problem | None:

@@ -30,7 +30,7 @@ class Model:
     """shape and config: what `config.json` says. tensors: by state-dict name. prefix: the backbone's (`model.`).
 
     rotary: cos and sin `(max_position_embeddings, rotary_dim / 2)` where positions are rotary. cache_scales: by layer,
-    where keys and values are cached as int8.
+    where keys and values are cached as int8. prompt: the weights that read prompts, of those that have others for it.
     """
 
     shape: ModelShape
@@ -39,6 +39,12 @@ class Model:
     prefix: str
     rotary: tuple[NDArray[np.float32], NDArray[np.float32]] | None = None
     cache_scales: Mapping[int, CacheScales] = field(default_factory=dict)
+    prompt: Mapping[str, QTensor] = field(default_factory=dict)
+
+    @property
+    def reading(self) -> Model:
+        """As it reads prompts."""
+        return replace(self, tensors={**self.tensors, **self.prompt})
 
     @property
     def mixers(self) -> tuple[MixerSpec | None, ...]:
