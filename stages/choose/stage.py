@@ -33,6 +33,7 @@ class ChooseFormat(ChooseOptions, Stage):
     """
 
     name: ClassVar[str] = "choose-format"
+    version: ClassVar[int] = 2
     summary: ClassVar[str] = "measure quantised formats on this machine and take the fastest that is good enough"
     accepts: ClassVar[frozenset[Format]] = frozenset({"torch"})
     returns: ClassVar[Format] = "onnx"

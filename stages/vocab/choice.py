@@ -1,4 +1,4 @@
-"""Which tokens stay: what any text needs, what this text uses most with its merge parents, and the rest by rank."""
+"""Which tokens stay: what any text needs, then what text like this one uses most, with its merge parents."""
 
 from __future__ import annotations
 
@@ -13,13 +13,18 @@ from compress.errors import StageFailed
 from compress.stages.vocab.tokens import Vocabulary, closed
 
 Counts = NDArray[np.integer[Any]]
+PRIOR = 0.3
+"""What the rank in the vocabulary weighs beside the text's own use, of all of which the weight is 1."""
+_FLAT = 500
+"""Ranks below which tokens are about as frequent as each other: Mandelbrot's offset."""
 
 
 @dataclass(frozen=True)
 class Choice:
     """Ids of the tokens that stay, rising. beyond: those of added tokens for which the model has no embedding.
 
-    num_indispensable, num_by_use, num_by_rank: for what reason `kept` are. coverage: their share of the text's tokens.
+    num_indispensable, num_by_use, num_by_rank: for what reason `kept` are: the text has them, or what is merged from
+    them, or it has not. coverage: their share of the text's tokens.
     """
 
     kept: Sequence[int]
@@ -41,30 +46,43 @@ def choose(
     """Exactly `keep` tokens of a model of V embeddings, or as few as make up `coverage` of the text.
 
     counts_V: how often the text has each token. needed: ids that stay whatever the text. With a token stay all that it
-    is merged from. Raises StageFailed where `keep` is less than what is needed, or more than there are tokens.
+    is merged from. `keep` goes by what is expected of more text, and of other text: see `_expected`. Raises StageFailed
+    where `keep` is less than what is needed, or more than there are tokens.
     """
     size = len(counts_V)
-    embedded = [id_ for id_ in vocabulary.names if id_ < size]
+    embedded = sorted(id_ for id_ in vocabulary.names if id_ < size)
     chosen = {id_ for id_ in closed(vocabulary, needed) if id_ < size}
-    num_indispensable = len(chosen)
-    if keep is not None and num_indispensable > keep:
-        what = f"{keep} tokens, and bytes, characters, special tokens and the chat template need {num_indispensable}"
-        raise StageFailed("keep", what, f"keep at least {num_indispensable}")
+    indispensable = frozenset(chosen)
+    if keep is not None and len(indispensable) > keep:
+        what = f"{keep} tokens, and bytes, characters, special tokens and the chat template need {len(indispensable)}"
+        raise StageFailed("keep", what, f"keep at least {len(indispensable)}")
     if keep is not None and len(embedded) <= keep:
         what = f"{keep} of {len(embedded)} tokens ({size} embeddings, some of which have no token) leaves none out"
         raise StageFailed("keep", what, f"keep fewer than {len(embedded)}")
-    used = sorted((id_ for id_ in embedded if counts_V[id_]), key=lambda id_: (-counts_V[id_], id_))
-    room = size if keep is None else keep
-    wanted = float("inf") if coverage is None else coverage * float(counts_V.sum())
-    _add(vocabulary, used, chosen, counts_V, room, wanted)
-    num_by_use = len(chosen) - num_indispensable
-    if keep is not None:
-        unused = sorted(set(embedded) - chosen, key=lambda id_: (not vocabulary.is_reachable(id_), id_))
-        _add(vocabulary, unused, chosen, counts_V, room)
+    if keep is None:
+        used = sorted((id_ for id_ in embedded if counts_V[id_]), key=lambda id_: (-counts_V[id_], id_))
+        _add(vocabulary, used, chosen, counts_V, size, float(coverage or 1) * float(counts_V.sum()))
+    else:
+        use_V = _expected(counts_V, embedded)
+        ranked = sorted(embedded, key=lambda id_: (not vocabulary.is_reachable(id_), -use_V[id_], id_))
+        _add(vocabulary, ranked, chosen, counts_V, keep)
     beyond = sorted(id_ for id_ in vocabulary.names if id_ >= size)
     share = float(counts_V[sorted(chosen)].sum() / counts_V.sum())
-    num_by_rank = len(chosen) - num_indispensable - num_by_use
-    return Choice(sorted(chosen), beyond, num_indispensable, num_by_use, num_by_rank, share)
+    by_use = closed(vocabulary, {id_ for id_ in chosen if counts_V[id_]}) & chosen - indispensable
+    num_by_rank = len(chosen) - len(indispensable) - len(by_use)
+    return Choice(sorted(chosen), beyond, len(indispensable), len(by_use), num_by_rank, share)
+
+
+def _expected(counts_V: Counts, embedded: Sequence[int]) -> NDArray[np.float64]:
+    """How much of a text each token is expected to be, up to a factor: its share of this text, and PRIOR of its rank's.
+
+    Tokenizers number tokens by how frequent they were where they come from, and frequencies fall as Zipf's and
+    Mandelbrot's law says. That decides among the tokens that the text has seldom or never.
+    """
+    law_V = np.zeros(len(counts_V))
+    law_V[embedded] = 1 / (np.arange(len(embedded)) + _FLAT)
+    expected: NDArray[np.float64] = counts_V / counts_V.sum() + PRIOR * law_V / law_V.sum()
+    return expected
 
 
 def _add(

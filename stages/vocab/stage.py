@@ -30,12 +30,14 @@ class ReduceVocab(Stage):
     """Keeps the tokens that the train text needs; any text still encodes, into more tokens where it is another.
 
     Whatever the text, bytes and characters that others fall back on, special and added tokens and those of the chat
-    template stay, and with each token all that it is merged from. Then come tokens by their use, and with `keep` the
-    rest by rank. Logits are those of the model before at the tokens that stay. Perplexities before and after can't be
-    compared: `evaluate` has bits per byte.
+    template stay, and with each token all that it is merged from. Then come tokens by their use: with `coverage` by the
+    text's alone, with `keep` by what more text, and other text, can be expected to use, of which the tokens' rank in
+    the vocabulary tells. Logits are those of the model before at the tokens that stay. Perplexities before and after
+    can't be compared: `evaluate` has bits per byte.
     """
 
     name: ClassVar[str] = "reduce-vocab"
+    version: ClassVar[int] = 2
     summary: ClassVar[str] = "keep the tokens that the text needs, in the tokenizer, the embeddings and the head"
     accepts: ClassVar[frozenset[Format]] = frozenset({"torch"})
     returns: ClassVar[Format] = "torch"

@@ -165,6 +165,27 @@ def test_tokens_stay_by_use_with_their_parents_and_then_by_rank() -> None:
     assert kept(None, 0.1).kept == [0, 1]
 
 
+def test_what_the_text_has_once_does_not_outweigh_what_other_text_has_often() -> None:
+    names = [f"<{number}>" for number in range(2000)]
+    vocabulary = Vocabulary({"model": {"type": "WordPiece", "vocab": {name: id_ for id_, name in enumerate(names)}}})
+    counts = np.zeros(2000, np.int64)
+    counts[[0, 1999]] = 10_000, 1
+    often = np.argsort(-choose_all(vocabulary, counts))[:100]
+    kept = choose(vocabulary, counts, set(), 100, None)
+    assert set(kept.kept) == set(often)
+    assert 1999 not in kept.kept
+    counts[1999] = 100
+    kept = choose(vocabulary, counts, set(), 100, None)
+    assert 1999 in kept.kept
+    assert (kept.num_by_use, kept.num_by_rank) == (2, 98)
+
+
+def choose_all(vocabulary: Vocabulary, counts: Any) -> Any:
+    """The share that a token is expected to have, spelt out: Zipf and Mandelbrot's law beside the text's."""
+    law = np.array([1 / (rank + 500) for rank in range(len(counts))])
+    return counts / counts.sum() + 0.3 * law / law.sum()
+
+
 def test_bytes_special_tokens_and_single_characters_stay() -> None:
     for kind in KINDS:
         _, choice = smaller(kind, 0)
