@@ -20,6 +20,8 @@ Way = tuple[tuple[str, Mapping[str, Any]], ...]
 """The hidden stages that lead to a candidate, with their options."""
 _CHOSEN = {"quantize": "scheme", "export-onnx": "format"}
 """The option of each hidden stage that tells candidates apart."""
+_OF_EXPORT = ("prompt", "prompt_exceptions", "chunk_size", "kv_cache")
+"""Options of a scheme that are the export's."""
 
 
 def _of_known_scheme(entry: str | dict[str, Options]) -> str | dict[str, Options]:
@@ -51,7 +53,8 @@ class ChooseOptions(BaseModel):
     export: Options = Field({}, description="options of the export-onnx stage")
     schemes: tuple[Entry, ...] = Field(
         (FLOAT, "w8a8-dynamic", "w8-block32", "w4-block32", "w4-block128"), min_length=1,
-        description="what is tried: fp32 and quantize's schemes; one with options of its own as {scheme: {option: …}}",
+        description="what is tried: fp32 and quantize's schemes; one with options of its own as {scheme: {option: …}}: "
+        "quantize's, or prompt, prompt_exceptions, chunk_size and kv_cache of export-onnx",
     )  # fmt: skip
     budget: Budget | None = Field(
         None, description="what quality it may cost; left out: perplexity 1.05, or cosine 0.99, or top1_agreement 0.98"
@@ -91,7 +94,9 @@ class ChooseOptions(BaseModel):
             if name == FLOAT and own:
                 raise ValueError(f"{FLOAT} has no options; write it alone")
             if name != FLOAT:
-                _refuse_misfits("quantize", {**info.data.get("quantize", {}), **own, "scheme": name}, f"{name}: ")
+                quantize, export = _parted(own)
+                _refuse_misfits("quantize", {**info.data.get("quantize", {}), **quantize, "scheme": name}, f"{name}: ")
+                _refuse_misfits("export-onnx", {**info.data.get("export", {}), **export}, f"{name}: ")
         return entries
 
     @field_validator("prefer")
@@ -102,22 +107,37 @@ class ChooseOptions(BaseModel):
         return prefer
 
     def ways(self) -> Mapping[str, Way]:
-        """How each candidate is made, by its name: the scheme's, numbered where there are several of one."""
+        """How each candidate is made, by its name: the scheme's, numbered where there are several of one.
+
+        What reads prompts in another way is named by it too: `w4-block32-int8-prompt`.
+        """
         seen: Counter[str] = Counter()
         found: dict[str, Way] = {}
         for scheme, own in map(_named, self.schemes):
-            seen[scheme] += 1
-            name = scheme if seen[scheme] == 1 else f"{scheme}-{seen[scheme]}"
+            quantize, export = _parted(own)
+            prompt = {**self.export, **export}.get("prompt")
+            name = f"{scheme}-{prompt}-prompt" if prompt and scheme != FLOAT else scheme
+            seen[name] += 1
+            name = name if seen[name] == 1 else f"{name}-{seen[name]}"
             if scheme == FLOAT:
-                found[name] = (("export-onnx", {**self.export, "format": FLOAT}),)
+                shared = {key: value for key, value in self.export.items() if not key.startswith("prompt")}
+                found[name] = (("export-onnx", {**shared, "format": FLOAT}),)
             else:
-                quantize = {**self.quantize, **own, "scheme": scheme}
-                found[name] = ("quantize", quantize), ("export-onnx", self.export)
+                how = {**self.quantize, **quantize, "scheme": scheme}
+                found[name] = ("quantize", how), ("export-onnx", {**self.export, **export})
         return found
 
 
 def _named(entry: str | dict[str, Options]) -> tuple[str, Options]:
     return (entry, {}) if isinstance(entry, str) else next(iter(entry.items()))
+
+
+def _parted(own: Options) -> tuple[Options, Options]:
+    """A scheme's own options: those of quantize, and those of export-onnx."""
+    return (
+        {key: value for key, value in own.items() if key not in _OF_EXPORT},
+        {key: value for key, value in own.items() if key in _OF_EXPORT},
+    )
 
 
 def _refuse_misfits(name: str, options: Options, prefix: str = "") -> None:

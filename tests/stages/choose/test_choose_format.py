@@ -165,6 +165,8 @@ def test_warnings_are_logged(caplog: pytest.LogCaptureFixture, monkeypatch: pyte
         ({"prefer": "speed"}, "[0].choose-format.prefer: must be 'both', 'prefill' or 'decode'"),
         ({"prefer": {"prefill": 0}}, "[0].choose-format.prefer: nothing counts"),
         ({"prompts": [300]}, "[0].choose-format.prompts: 332 tokens"),
+        ({"schemes": [{"w4-block32": {"prompt": "int4"}}]}, "[0].choose-format.schemes: w4-block32: prompt"),
+        ({"schemes": [{"w8a8-dynamic": {"prompt": "int8"}}]}, "[0].choose-format: its hidden export-onnx: prompt: is of a model"),
         ({"against": "distil"}, "[0].choose-format.against: 'distil' is no earlier stage"),
         ({"tokens": 300}, "[0].choose-format: its hidden evaluate: tokens: 300 is under two blocks"),
         (
@@ -203,6 +205,31 @@ def test_several_candidates_of_one_scheme_are_numbered() -> None:
         "w4-block32-2": {"tokens": 512, "method": "rtn", "scheme": "w4-block32"},
         "fp32": None,
     }
+
+
+def test_what_reads_prompts_is_told_apart_by_the_export() -> None:
+    schemes = ("fp32", "w4-block32", {"w4-block32": {"prompt": "int8", "method": "rtn", "chunk_size": 64}})
+    ways = ChooseFormat(schemes=schemes, export={"fused": True}).ways()
+    assert {name: way[-1] for name, way in ways.items()} == {
+        "fp32": ("export-onnx", {"fused": True, "format": "fp32"}),
+        "w4-block32": ("export-onnx", {"fused": True}),
+        "w4-block32-int8-prompt": ("export-onnx", {"fused": True, "prompt": "int8", "chunk_size": 64}),
+    }
+    assert ways["w4-block32-int8-prompt"][0] == ("quantize", {"scheme": "w4-block32", "method": "rtn"})
+    everywhere = ChooseFormat(schemes=("fp32", "w4-block32"), export={"prompt": "int8"}).ways()
+    assert dict(everywhere["fp32"])["export-onnx"] == {"format": "fp32"}
+    assert list(everywhere) == ["fp32", "w4-block32-int8-prompt"]
+
+
+def test_prompts_in_int8_are_raced_with_the_rest(pico: Pico, tmp_path: Path) -> None:
+    schemes = ["w4-block32", {"w4-block32": {"prompt": "int8"}}]
+    record = run(tmp_path, pico("llama"), schemes=schemes, budget={"kl": 10})
+    _, out = chosen(record, tmp_path)
+    candidates = json.loads((out / "formats.json").read_text())["candidates"]
+    assert list(candidates) == ["w4-block32", "w4-block32-int8-prompt"]
+    figures = figures_of(record)
+    assert figures["w4-block32-int8-prompt"]["size_mb"] > figures["w4-block32"]["size_mb"]
+    assert figures["w4-block32-int8-prompt"]["kl"] != figures["w4-block32"]["kl"]
 
 
 def test_the_stage_is_imported_without_what_is_heavy() -> None:
