@@ -41,15 +41,20 @@ class Contestant:
 
 @dataclass(frozen=True)
 class Workload:
-    """A prompt of `tokens` tokens in each of `batch` rows, then `new_tokens` decoding steps."""
+    """A prompt of `tokens` tokens in each of `batch` rows, then `new_tokens` decoding steps.
+
+    chunk: the prompt is read so many tokens a call, by the first model alone; 0: as each folder says.
+    """
 
     tokens: int
     batch: int
     new_tokens: int
+    chunk: int = 0
 
     def figure(self, what: str) -> str:
-        """The name of a figure at this workload: `tpot_ms@128`, `tpot_ms@128,batch=4`."""
-        return f"{what}@{self.tokens}" + (f",batch={self.batch}" if self.batch != 1 else "")
+        """The name of a figure at this workload: `tpot_ms@128`, `tpot_ms@128,batch=4`, `ttft_ms@1024,chunk=64`."""
+        others = {"batch": self.batch if self.batch != 1 else 0, "chunk": self.chunk}
+        return f"{what}@{self.tokens}" + "".join(f",{name}={value}" for name, value in others.items() if value)
 
 
 class Worker:
@@ -143,12 +148,17 @@ def _take_turns(
     peaks_mb: dict[str, float] = {}
     times: dict[str, dict[str, list[float]]] = {name: {} for name in workers}
     for workload in workloads:
-        for name in rotated(list(workers), number):
+        for name in rotated(list(workers) if not workload.chunk else _first_decoder(loaded), number):
             time.sleep(SETTLE_SECONDS)
             answer = workers[name].ask(do="measure", vocab_size=vocab_size, **vars(workload))
             peaks_mb[name] = answer["peak_rss_mb"]
-            times[name] |= {workload.figure(what): times_ms for what, times_ms in answer["times"].items()}
+            times[name] |= {workload.figure(what): seen_ms for what, seen_ms in answer["times"].items() if seen_ms}
     return {name: {**own, "peak_rss_mb": peaks_mb[name]} for name, own in loaded.items()}, times
+
+
+def _first_decoder(loaded: Mapping[str, dict[str, Any]]) -> list[str]:
+    """The first model, where it reads prompts."""
+    return [name for name in list(loaded)[:1] if loaded[name]["kind"] == "decoder"]
 
 
 def _read_into_page_cache(folder: Path) -> None:

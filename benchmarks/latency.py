@@ -18,7 +18,9 @@ from compress.units import UNKEPT, Units
 
 Baseline = Literal["source", "source-int4"]
 _VIA: Mapping[Baseline, str] = {"source": "fp32", "source-int4": "int4"}
-FIGURES = ("ttft_ms", "tpot_ms", "latency_ms")
+FIGURES = ("ttft_ms", "prompt_tokens_per_s", "tpot_ms", "latency_ms")
+_NOISE = 0.95
+"""A chunk that reads a prompt in less than this share of the time is worth naming."""
 Count = Annotated[int, Field(ge=1)]
 
 
@@ -30,6 +32,7 @@ class Latency(Stage):
     """
 
     name: ClassVar[str] = "latency"
+    version: ClassVar[int] = 2
     summary: ClassVar[str] = "time to first token and per token, memory and loading time, beside the source's exports"
     accepts: ClassVar[frozenset[Format]] = frozenset({"onnx"})
     returns: ClassVar[Format] = "measurement"
@@ -39,6 +42,11 @@ class Latency(Stage):
 
     prompts: tuple[Count, ...] = Field((128, 1024), min_length=1, description="prompt lengths in tokens")
     batch_sizes: tuple[Count, ...] = Field((1,), min_length=1, description="rows that are run at once")
+    chunk_sizes: tuple[Count, ...] = Field(
+        (64, 128, 512),
+        description="the result's longest prompt is also read in calls of so many tokens, where it is longer: what its "
+        "chunk_size is held against (decoders)",
+    )
     new_tokens: int = Field(32, ge=1, description="tokens decoded after each prompt")
     repeats: int = Field(10, ge=3, description="rounds after the warm-up, each measuring every model once")
     max_seconds: float = Field(120, gt=0, description="begin no round that would end later, but run at least 3")
@@ -59,14 +67,19 @@ class Latency(Stage):
             yield Problem("prompts", what, "shorten the longest prompt")
 
     def produces(self) -> Sequence[str]:
-        return ["peak_rss_mb", "load_ms", *(load.figure(what) for load in self.workloads() for what in FIGURES)]
+        figures = [load.figure(what) for load in self.workloads() for what in (FIGURES[:1] if load.chunk else FIGURES)]
+        return ["peak_rss_mb", "load_ms", *figures]
 
     def twin(self) -> Self:
-        return self.model_copy(update={"prompts": (8,), "new_tokens": 2, "repeats": 3, "max_seconds": 1.0})
+        small = {"prompts": (8,), "chunk_sizes": (), "new_tokens": 2, "repeats": 3, "max_seconds": 1.0}
+        return self.model_copy(update=small)
 
     def workloads(self) -> list[Workload]:
-        """Every prompt length at every batch size."""
-        return [Workload(tokens, batch, self.new_tokens) for batch in self.batch_sizes for tokens in self.prompts]
+        """Every prompt length at every batch size, then the longest prompt in other chunks."""
+        longest = max(self.prompts)
+        chunked = [Workload(longest, 1, 0, chunk) for chunk in self.chunk_sizes if chunk < longest]
+        loads = [Workload(tokens, batch, self.new_tokens) for batch in self.batch_sizes for tokens in self.prompts]
+        return [*loads, *chunked]
 
     def run(self, context: StageContext) -> Metrics:
         from compress.benchmarks import report
@@ -80,7 +93,21 @@ class Latency(Stage):
         write_json(context.out / "latency.json", found)
         (context.out / "latency.md").write_text(report.markdown(found), "utf-8")
         report.plot(found, context.out / "latency.png")
+        if told := _faster_chunk(found):
+            context.reporter.log.warning("latency: %s", told)
         return report.metrics(found)
+
+
+def _faster_chunk(found: Mapping[str, Any]) -> str:
+    """What to say of a chunk that reads the result's longest prompt faster than its own does; `""` where none does."""
+    times = {name: each["median"] for name, each in found["subjects"]["result"]["figures"].items()}
+    best = min((name for name in times if ",chunk=" in name), key=times.__getitem__, default="")
+    prompt, _, chunk = best.partition(",chunk=")
+    share = times[best] / times[prompt] if best else 1.0
+    if share >= _NOISE:
+        return ""
+    tokens = prompt.partition("@")[2]
+    return f"chunks of {chunk} read a prompt of {tokens} in {share:.2f}x the time: export-onnx: {{chunk_size: {chunk}}}"
 
 
 def race(

@@ -16,8 +16,10 @@ from compress.benchmarks.timing import ratio, summarise
 from compress.report.optional import drawing
 from compress.report.tables import Table, as_markdown
 
+READING = "prompt_tokens_per_s"
+"""How fast a prompt is read: its tokens, in all rows, over the time to the first new one."""
 _WORDS = {
-    "ttft_ms": "time to first token, ms", "tpot_ms": "time per token, ms", "latency_ms": "whole forward pass, ms",
+    "ttft_ms": "time to first token, ms", READING: "prompt read, tokens/s", "tpot_ms": "time per token, ms", "latency_ms": "whole forward pass, ms",
     "load_ms": "loading, ms", "peak_rss_mb": "peak memory, MB", "size_mb": "on disk, MB",
 }  # fmt: skip
 _WIDE = 10.0
@@ -56,6 +58,7 @@ def metrics(found: Mapping[str, Any]) -> Metrics:
     """The figures that `require` and the run's table read: medians by subject."""
     return {
         name: {figure: summary["median"] for figure, summary in subject["figures"].items()}
+        | _reading(subject["figures"])
         | {figure: subject[figure] for figure in ("peak_rss_mb", "load_ms")}
         for name, subject in found["subjects"].items()
     }
@@ -69,6 +72,11 @@ def table(found: Mapping[str, Any]) -> Table:
     for figure in subjects[first]["figures"]:
         cells = [_cell(subject["figures"].get(figure)) for subject in subjects.values()]
         rows.append((_title(figure), *cells, *(_ratio_cell(ratios[other].get(figure)) for other in ratios)))
+    speeds = [_reading(subject["figures"]) for subject in subjects.values()]
+    for figure, ours in speeds[0].items():
+        cells = [f"{each[figure]:.4g}" if figure in each else "" for each in speeds]
+        shares = [f"{ours / each[figure]:.2f}×" if figure in each else "" for each in speeds[1:]]
+        rows.append((_title(figure), *cells, *shares))
     for figure in ("load_ms", "peak_rss_mb", "size_mb"):
         values = [subject[figure] for subject in subjects.values()]
         shares = [f"{values[0] / value:.2f}×" for value in values[1:]]
@@ -153,8 +161,8 @@ def _curves(figures: Mapping[str, Any], kind: str) -> dict[int, list[tuple[float
     """(tokens, median, p10, p90) by batch size."""
     curves: dict[int, list[tuple[float, ...]]] = {}
     for figure, summary in figures.items():
-        what, tokens, batch = _parse(figure)
-        if what == kind:
+        what, tokens, batch, chunk = _parse(figure)
+        if what == kind and not chunk:
             point = tokens, summary["median"], summary["p10"], summary["p90"]
             curves.setdefault(batch, []).append(point)
     return {batch: sorted(points) for batch, points in curves.items()}
@@ -185,15 +193,28 @@ def _round_medians(rounds: list[list[float]]) -> list[float]:
     return [float(np.median(times)) for times in rounds]
 
 
-def _parse(figure: str) -> tuple[str, int, int]:
+def _reading(figures: Mapping[str, Any]) -> dict[str, float]:
+    """How many tokens of each prompt are read in a second, in the chunks that the folder says."""
+    found = {}
+    for figure, summary in figures.items():
+        what, tokens, batch, chunk = _parse(figure)
+        if what == "ttft_ms" and not chunk:
+            found[figure.replace(what, READING)] = 1e3 * tokens * batch / summary["median"]
+    return found
+
+
+def _parse(figure: str) -> tuple[str, int, int, int]:
+    """(what, tokens, rows, tokens of a chunk or 0) of a figure's name."""
     what, _, place = figure.partition("@")
-    tokens, _, batch = place.partition(",batch=")
-    return what, int(tokens), int(batch or 1)
+    tokens, *others = place.split(",")
+    known = dict(other.split("=") for other in others)
+    return what, int(tokens), int(known.get("batch", 1)), int(known.get("chunk", 0))
 
 
 def _title(figure: str) -> str:
-    what, tokens, batch = _parse(figure)
-    return f"{_WORDS[what]} @ {tokens}" + (f" × {batch} rows" if batch != 1 else "")
+    what, tokens, batch, chunk = _parse(figure)
+    rows = f" × {batch} rows" if batch != 1 else ""
+    return f"{_WORDS[what]} @ {tokens}{rows}" + (f" in chunks of {chunk}" if chunk else "")
 
 
 def _cell(summary: Mapping[str, float] | None) -> str:

@@ -2,7 +2,7 @@
 
 It reads one JSON object a line from stdin and answers with one on stdout; while it waits it computes nothing.
 {"do": "load", "folder", "runtime", "threads", "cpus"} → {"kind", "load_ms", "peak_rss_mb", …}
-{"do": "measure", "tokens", "batch", "new_tokens", "vocab_size"} → {"ttft_ms": […], "tpot_ms": […], "peak_rss_mb"}
+{"do": "measure", "tokens", "batch", "new_tokens", "chunk", "vocab_size"} → {"ttft_ms": […], "tpot_ms": […], "peak_rss_mb"}
 Only this process's memory counts: it imports numpy and the runtime, no tokenizer and no torch.
 """
 
@@ -34,11 +34,14 @@ _ENCODER_REPEATS = 5
 
 
 class Subject(Protocol):
-    """A loaded model. `measure` runs one prompt (B, T) and returns the times in ms, by figure."""
+    """A loaded model. `measure` runs one prompt (B, T) and returns the times in ms, by figure.
+
+    chunk: tokens of the prompt that are read in one call; 0: as the folder says.
+    """
 
     kind: str
 
-    def measure(self, prompt_BT: Ints, num_new: int) -> Times: ...
+    def measure(self, prompt_BT: Ints, num_new: int, chunk: int = 0) -> Times: ...
 
 
 class OrtDecoder:
@@ -49,10 +52,10 @@ class OrtDecoder:
     def __init__(self, model: OnnxModel) -> None:
         self._model = model
 
-    def measure(self, prompt_BT: Ints, num_new: int) -> Times:
+    def measure(self, prompt_BT: Ints, num_new: int, chunk: int = 0) -> Times:
         """`ttft_ms`: the prompt to its first token. `tpot_ms`: each of the next `num_new` tokens."""
         decoder = self._model.decoder(prompt_BT.shape[1] + num_new, prompt_BT.shape[0])
-        ttft_ms, token_B = _timed(lambda: decoder.prefill(prompt_BT).argmax(-1))
+        ttft_ms, token_B = _timed(lambda: decoder.prefill(prompt_BT, chunk).argmax(-1))
         tpot_ms = []
         for _ in range(num_new):
             step_ms, token_B = _timed(lambda: decoder.step(token_B).argmax(-1))  # noqa: B023  (called at once)
@@ -68,7 +71,7 @@ class OrtEncoder:
     def __init__(self, model: OnnxModel) -> None:
         self._model = model
 
-    def measure(self, prompt_BT: Ints, num_new: int) -> Times:
+    def measure(self, prompt_BT: Ints, num_new: int, chunk: int = 0) -> Times:
         """`latency_ms`: the whole forward pass, several times."""
         return {"latency_ms": [_timed(lambda: self._model.encode(prompt_BT))[0] for _ in range(_ENCODER_REPEATS)]}
 
@@ -84,14 +87,16 @@ class GenaiDecoder:
         self._genai = onnxruntime_genai
         self._model = onnxruntime_genai.Model(str(folder))
 
-    def measure(self, prompt_BT: Ints, num_new: int) -> Times:
+    def measure(self, prompt_BT: Ints, num_new: int, chunk: int = 0) -> Times:
         """As OrtDecoder's. The end token is held back, so that every model makes as many tokens."""
         batch_size, length = prompt_BT.shape
         total = length + num_new + 1
         params = self._genai.GeneratorParams(self._model)
-        whole = {"chunk_size": 0} if batch_size > 1 else {}  # onnxruntime-genai reads no batch in chunks
+        chunks = {"chunk_size": chunk} if chunk else {}
+        if batch_size > 1:
+            chunks["chunk_size"] = 0  # onnxruntime-genai reads no batch in chunks
         lengths = {"max_length": total, "min_length": total}
-        params.set_search_options(batch_size=batch_size, do_sample=False, **lengths, **whole)
+        params.set_search_options(batch_size=batch_size, do_sample=False, **lengths, **chunks)
         generator = self._genai.Generator(self._model, params)
 
         def first() -> None:
@@ -131,7 +136,7 @@ def serve(commands: Iterator[str], answer: Callable[[dict[str, Any]], None]) -> 
                 reply["rss_before_load_mb"] = before_mb
             else:
                 assert subject is not None
-                reply = {"times": subject.measure(_prompt(command), command["new_tokens"])}
+                reply = {"times": subject.measure(_prompt(command), command["new_tokens"], command["chunk"])}
             answer(reply | {"peak_rss_mb": memory.peak_mb()})
         except CompressError as error:
             answer({"error": vars(error.problem)})

@@ -21,6 +21,7 @@ _LABELS = {
     "mqar": ("pairs recalled (MQAR) over", ""),
     "needle": ("needle found in", ""),
     "ttft_ms": ("first token, prompt of", "ms"),
+    "prompt_tokens_per_s": ("prompt read, of", "tokens/s"),
     "tpot_ms": ("each token, after", "ms"),
     "state_mb": ("state of one sequence", "MB"),
     "kv_cache_mb": ("KV cache of one sequence of", "MB"),

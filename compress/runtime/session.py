@@ -164,13 +164,13 @@ class Decoder:
         if self._buffers:  # bound once: two calls a slot and step would be a tenth of a small model's step
             self._bind_cache()
 
-    def prefill(self, input_ids: Ints) -> Floats:
+    def prefill(self, input_ids: Ints, chunk: int = 0) -> Floats:
         """Read `input_ids` `(B, T)` or `(T,)`; the logits `(B, V)` after its last token.
 
-        In calls of as many tokens as the folder says a prompt is read fastest in.
+        chunk: tokens of one call; 0: as many as the folder says, and all where it says nothing.
         """
         ids_BT = np.atleast_2d(input_ids)
-        chunk = self.model.chunk_size or ids_BT.shape[1]
+        chunk = chunk or self.model.chunk_size or ids_BT.shape[1]
         return [self._advance(ids_BT[:, start : start + chunk]) for start in range(0, ids_BT.shape[1], chunk)][-1]
 
     def step(self, token: int | Ints) -> Floats:

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from compress.artifact import Artifact, finish
 from compress.benchmarks.genai import with_threads
-from compress.benchmarks.latency import Latency, smallest_vocabulary
+from compress.benchmarks.latency import Latency, _faster_chunk, smallest_vocabulary
 from compress.cli.bench import bench
 from compress.cli.eval import evaluate
 from compress.errors import CompressError, InvalidInput
@@ -28,7 +28,8 @@ def artifact(folder: Path) -> Artifact:
 
 
 def test_figures_files_and_ratios(tmp_path: Path, toy_decoder: Callable[[str], Path]) -> None:
-    stage = Latency(prompts=(4, 8), batch_sizes=(1, 2), new_tokens=2, repeats=3, max_seconds=1)
+    chunks = (2, 6, 8)
+    stage = Latency(prompts=(4, 8), batch_sizes=(1, 2), new_tokens=2, repeats=3, max_seconds=1, chunk_sizes=chunks)
     inputs = {name: artifact(toy_decoder(name)) for name in ("input", "source", "source-int4")}
     out = tmp_path / "out"
     out.mkdir()
@@ -36,11 +37,15 @@ def test_figures_files_and_ratios(tmp_path: Path, toy_decoder: Callable[[str], P
     metrics = stage.run(StageContext(out, tmp_path, inputs, data, seed=0, target=Target(threads=1)))
 
     assert set(metrics) == {"result", "source", "source-int4"}
-    measured = set(metrics["result"])
+    measured = set(metrics["source"])
     assert measured == {"peak_rss_mb", "load_ms"} | {
-        f"{what}@{place}" for what in ("ttft_ms", "tpot_ms") for place in ("4", "8", "4,batch=2", "8,batch=2")
-    }
-    assert measured <= set(stage.produces())
+        f"{what}@{place}" for what in ("ttft_ms", "prompt_tokens_per_s", "tpot_ms")
+        for place in ("4", "8", "4,batch=2", "8,batch=2")
+    }  # fmt: skip
+    assert set(metrics["result"]) - measured == {"ttft_ms@8,chunk=2", "ttft_ms@8,chunk=6"}
+    assert set(metrics["result"]) <= set(stage.produces())
+    speed = 1e3 * 2 * 8 / metrics["result"]["ttft_ms@8,batch=2"]
+    assert metrics["result"]["prompt_tokens_per_s@8,batch=2"] == pytest.approx(speed)
     written = json.loads((out / "latency.json").read_text())
     assert list(written["ratios"]) == ["source", "source-int4"]
     assert set(written["ratios"]["source"]["tpot_ms@8"]) == {"median", "low", "high", "n"}
@@ -53,8 +58,24 @@ def test_figures_files_and_ratios(tmp_path: Path, toy_decoder: Callable[[str], P
     )
     table = (out / "latency.md").read_text()
     assert "| time per token, ms @ 8 × 2 rows |" in table
+    assert "| prompt read, tokens/s @ 8 |" in table
+    assert "| time to first token, ms @ 8 in chunks of 6 |" in table
     assert "result / source-int4" in table
     assert (out / "latency.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_chunk_that_reads_faster_is_named() -> None:
+    def found(**times: float) -> dict[str, Any]:
+        figures = {f"ttft_ms@1024{place.replace('_', ',chunk=')}": {"median": ms} for place, ms in times.items()}
+        return {"subjects": {"result": {"figures": {**figures, "tpot_ms@1024": {"median": 1.0}}}}}
+
+    own = {"ttft_ms@1024": {"median": 100.0}}
+    assert _faster_chunk({"subjects": {"result": {"figures": own}}}) == ""
+    for ms, told in ((96.0, ""), (90.0, "chunks of 64 read a prompt of 1024 in 0.90x the time")):
+        seen = found(_64=ms, _512=97.0)
+        seen["subjects"]["result"]["figures"] |= own
+        assert _faster_chunk(seen).startswith(told)
+        assert bool(told) == bool(_faster_chunk(seen))
 
 
 def test_encoders_have_one_figure(tmp_path: Path, toy_encoder: Callable[[str], Path]) -> None:

@@ -166,7 +166,7 @@ def test_warnings_are_logged(caplog: pytest.LogCaptureFixture, monkeypatch: pyte
         ({"prefer": {"prefill": 0}}, "[0].choose-format.prefer: nothing counts"),
         ({"prompts": [300]}, "[0].choose-format.prompts: 332 tokens"),
         ({"schemes": [{"w4-block32": {"prompt": "int4"}}]}, "[0].choose-format.schemes: w4-block32: prompt"),
-        ({"schemes": [{"w8a8-dynamic": {"prompt": "int8"}}]}, "[0].choose-format: its hidden export-onnx: prompt: is of a model"),
+        ({"schemes": [{"w8a8-dynamic": {"prompt": "int8"}}]}, "[0].choose-format: its hidden export-onnx: prompt: is"),
         ({"against": "distil"}, "[0].choose-format.against: 'distil' is no earlier stage"),
         ({"tokens": 300}, "[0].choose-format: its hidden evaluate: tokens: 300 is under two blocks"),
         (
