@@ -19,7 +19,8 @@ from compress.report.tables import Table, as_markdown
 READING = "prompt_tokens_per_s"
 """How fast a prompt is read: its tokens, in all rows, over the time to the first new one."""
 _WORDS = {
-    "ttft_ms": "time to first token, ms", READING: "prompt read, tokens/s", "tpot_ms": "time per token, ms", "latency_ms": "whole forward pass, ms",
+    "ttft_ms": "time to first token, ms", READING: "prompt read, tokens/s", "tpot_ms": "time per token, ms",
+    "latency_ms": "whole forward pass, ms",
     "load_ms": "loading, ms", "peak_rss_mb": "peak memory, MB", "size_mb": "on disk, MB",
 }  # fmt: skip
 _WIDE = 10.0
