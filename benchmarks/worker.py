@@ -2,7 +2,7 @@
 
 It reads one JSON object a line from stdin and answers with one on stdout; while it waits it computes nothing.
 {"do": "load", "folder", "runtime", "threads", "cpus"} → {"kind", "load_ms", "peak_rss_mb", …}
-{"do": "measure", "tokens", "batch", "new_tokens", "chunk", "vocab_size"} → {"times": {"ttft_ms": […], …}, "peak_rss_mb"}
+{"do": "measure", "tokens", "batch", "new_tokens", "chunk", "vocab_size"} → {"times": {"ttft_ms": […]}, "peak_rss_mb"}
 Only this process's memory counts: it imports numpy and the runtime, no tokenizer and no torch.
 """
 

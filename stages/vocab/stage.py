@@ -75,6 +75,10 @@ class ReduceVocab(Stage):
         """Every parameter of the smaller model in float32."""
         return 4.0 * model.num_parameters
 
+    def forward_tokens(self, model: ModelShape) -> float:
+        """None: tokens are counted, and no model reads them."""
+        return 0.0
+
     def twin(self) -> Self:
         """The same choice from less text: the twin has the model's own vocabulary."""
         return self.model_copy(update={"tokens": min(self.tokens, max(_LEAST_TEXT, self.keep or 0) + _BLOCK)})
