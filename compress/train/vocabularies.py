@@ -94,9 +94,10 @@ def two_ways(
     data: TextData, split: Split, student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, length: int,
     max_tokens: int,
 ) -> TwoWays:  # fmt: skip
-    """The blocks of `TextData.blocks` for the student, with the teacher's tokens from the first shared place on.
+    """Blocks of the student's tokens, with the teacher's tokens from the first shared place on.
 
-    Raises StageFailed where there is too little text, or where the two do not spell the same.
+    Of the eval text those of `TextData.blocks`; of the train text those in which most of the teacher's tokens are split:
+    the rest the student knows already. Raises StageFailed where there is too little text, or where the two do not spell the same.
     """
     texts = data.texts(split)
     ids_N, their_ids_M = (np.asarray(token_ids(texts, each), np.int64) for each in (student, teacher))
@@ -104,7 +105,10 @@ def two_ways(
     if ends_N[-1] != ends_M[-1]:
         fix = "choose a teacher whose tokenizer normalises text alike"
         raise StageFailed("teacher", f"its tokenizer does not spell the same {split} text as the student's", fix)
-    starts = block_starts(len(ids_N), length, max_tokens, split)
+    if split == "train":
+        starts = _most_split(ends_N, ends_M, block_starts(len(ids_N), length, None, split), length, max_tokens)
+    else:
+        starts = block_starts(len(ids_N), length, max_tokens, split)
     ids_NT = ids_N[starts[:, None] + np.arange(length)]
     their_ids_NS = np.zeros_like(ids_NT)
     places_NT = np.full_like(ids_NT, NOWHERE)
@@ -150,6 +154,13 @@ def in_students_tokens(logits_BSW: Tensor, places_BT: Tensor, pieces_W: Tensor, 
     found_NV = said_NW.new_zeros(len(said_NW), vocab_size + 1).index_add_(1, pieces, said_NW)[:, :-1]
     smallest = torch.finfo(torch.float32).tiny
     return found_NV.clamp_min(smallest).log().view(*places_BT.shape, vocab_size)
+
+
+def _most_split(ends_N: Ids, ends_M: Ids, starts: Ids, length: int, max_tokens: int) -> Ids:
+    """Of blocks that begin at `starts`, as many as `max_tokens` are: those with the fewest ends that both have."""
+    shared_N = np.isin(ends_N[1:], ends_M, assume_unique=True)
+    shared_B = shared_N[starts[:, None] + np.arange(length)].sum(1)
+    return np.sort(starts[np.argsort(shared_B, kind="stable")[: max(1, max_tokens // length)]])
 
 
 def _first_shared(ends_N: Ids | Any, ends_M: Ids | Any) -> int:
