@@ -90,6 +90,7 @@ CASES: Mapping[str, Mapping[str, Case]] = {
         "kl": _taught(OTHER, loss={"kl": 1, "skew_kl": 0.5, "ce": 0.1}, temperature=2.0),
         "hidden": _taught(OTHER, loss={"kl": 0, "hidden": 1, "attention_map": 1, "attention_output": 1}),
         "generated": _taught(OTHER, data="generated", gradient_accumulation_steps=2, weight_decay=0.1),
+        "fewer-tokens": _taught({"input": "llama-fewer-tokens", "teacher": "llama-other"}, loss={"kl": 1, "ce": 0.1}),
         "encoder": _taught({"input": "bert", "teacher": "bert-other"}, hidden_distance="mse", learning_rate=1e-3),
     },
     "quantize": {

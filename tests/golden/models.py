@@ -9,7 +9,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from exporting import export, quantised
@@ -157,6 +157,16 @@ def _exported(source: str, kind: str = "torch") -> Callable[[Workshop, Path], No
     return make
 
 
+def _with_fewer_tokens(workshop: Workshop, folder: Path) -> None:
+    from compress.artifact import Artifact
+    from compress.stage import StageContext, Target
+    from compress.stages.vocab.stage import ReduceVocab
+
+    folder.mkdir()
+    inputs, text = {"input": Artifact(workshop("llama"), "torch", "source", "key")}, cast(Any, Text())
+    ReduceVocab(keep=320, tokens=2048).run(StageContext(folder, folder, inputs, text, 0, Target()))
+
+
 _MODELS: Mapping[str, Callable[[Workshop, Path], None]] = {
     "llama": _pico("llama", num_hidden_layers=2),
     "llama-other": _pico("llama", 1, num_hidden_layers=2),
@@ -165,6 +175,7 @@ _MODELS: Mapping[str, Callable[[Workshop, Path], None]] = {
     "gpt2": _pico("gpt2", num_hidden_layers=1),
     "bert": _pico("bert", num_hidden_layers=2),
     "bert-other": _pico("bert", 1, num_hidden_layers=2),
+    "llama-fewer-tokens": _with_fewer_tokens,
     "hybrid": _hybrid("gated-linear@6", "mamba2"),
     "hybrid-linear": _hybrid("linear", "linear"),
     "llama-w4": _rounded("w4-block32"),
