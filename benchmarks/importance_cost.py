@@ -4,8 +4,8 @@
 
 Each importance is held against the forward passes that it scores: of the backbone for `activation`, with head and
 loss for `taylor`. They take turns, round by round; ratios are medians over rounds with bootstrap intervals. Peak memory
-is that of a fresh process that loads BIG_FOLDER, or MODEL_FOLDER, and of one that then scores it on as many tokens.
-Prints Markdown.
+is that of a fresh process that loads BIG_FOLDER, or MODEL_FOLDER, and reads every weight, and of one that loads and
+scores it on as many tokens. Prints Markdown.
 """
 
 from __future__ import annotations
@@ -79,7 +79,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(args.threads)
     if args.only:
         parts = Parts(load_model(args.model))
-        if args.only == "score":
+        if args.only == "load":
+            for weight in parts.model.parameters():  # mapped from the file until it is read
+                weight.detach().sum()
+        else:
             with Reporter().progress("scoring", 1) as advance:
                 activation(parts, blocks(parts, args.tokens), advance)
         return
