@@ -96,8 +96,9 @@ def two_ways(
 ) -> TwoWays:  # fmt: skip
     """Blocks of the student's tokens, with the teacher's tokens from the first shared place on.
 
-    Of the eval text those of `TextData.blocks`; of the train text those in which most of the teacher's tokens are split:
-    the rest the student knows already. Raises StageFailed where there is too little text, or where the two do not spell the same.
+    Of the eval text those of `TextData.blocks`; of the train text those with the most of the teacher's tokens that are
+    split: the others the student knows already. Raises StageFailed where there is too little text, or where the two do
+    not spell the same.
     """
     texts = data.texts(split)
     ids_N, their_ids_M = (np.asarray(token_ids(texts, each), np.int64) for each in (student, teacher))
@@ -157,10 +158,14 @@ def in_students_tokens(logits_BSW: Tensor, places_BT: Tensor, pieces_W: Tensor, 
 
 
 def _most_split(ends_N: Ids, ends_M: Ids, starts: Ids, length: int, max_tokens: int) -> Ids:
-    """Of blocks that begin at `starts`, as many as `max_tokens` are: those with the fewest ends that both have."""
-    shared_N = np.isin(ends_N[1:], ends_M, assume_unique=True)
-    shared_B = shared_N[starts[:, None] + np.arange(length)].sum(1)
-    return np.sort(starts[np.argsort(shared_B, kind="stable")[: max(1, max_tokens // length)]])
+    """Of blocks that begin at `starts`, as many as `max_tokens` are: those in which most of the teacher's are split.
+
+    Each counts once, into however many pieces: a run of spaces would outweigh a page of words.
+    """
+    shared_N = np.isin(ends_N, ends_M, assume_unique=True)  # ends_N[0] is the text's start
+    begins_N = shared_N[:-1] & ~shared_N[1:]
+    splits_B = begins_N[starts[:, None] + np.arange(length)].sum(1)
+    return np.sort(starts[np.argsort(-splits_B, kind="stable")[: max(1, max_tokens // length)]])
 
 
 def _first_shared(ends_N: Ids | Any, ends_M: Ids | Any) -> int:
