@@ -203,8 +203,8 @@ class QuantizeOptions(BaseModel):
         if self.head and (model.tie_word_embeddings or model.family.kind == "encoder"):
             yield Problem("head", "this model has no output head with weights of its own", "use embeddings")
         table = self._given(self.embeddings) if self.embeddings else None
-        if table and (what := not_gathered(table, model.hidden_size)):
-            yield Problem("embeddings", what, "use a block-wise scheme whose blocks fill the rows, or float32")
+        if table and (what := not_gathered(table)):
+            yield Problem("embeddings", what, "use a block-wise scheme, or float32")
 
     def _named(self) -> list[Scheme]:
         """Every scheme that the options name."""

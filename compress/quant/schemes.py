@@ -107,13 +107,15 @@ class Scheme:
             return W8_BLOCK32
         return replace(SCHEMES[f"w4-block{self.block_size}"], symmetric=self.symmetric) if self.bits == 2 else self
 
-    def filling(self, k: int) -> Scheme | None:
-        """This block-wise scheme with the largest blocks, up to its own, that fill a row of `k`; None where none do."""
-        if self.ternary:
-            return None if k % self.block_size else self
-        for size in (size for size in BLOCK_SIZES[::-1] if size <= self.block_size and k % size == 0):
-            return replace(SCHEMES[f"w{self.bits}-block{size}"], symmetric=self.symmetric)
-        return None
+    def filling(self, k: int) -> Scheme:
+        """This block-wise scheme with the largest blocks, up to its own, that fill a row of `k`.
+
+        Itself where none do: the last block of each row is filled up then.
+        """
+        fitting = (size for size in BLOCK_SIZES[::-1] if size <= self.block_size and k % size == 0)
+        if self.ternary or not (size := next(fitting, 0)):
+            return self
+        return replace(SCHEMES[f"w{self.bits}-block{size}"], symmetric=self.symmetric)
 
     def of(self, name: str, role: Role) -> Scheme:
         """What the weight `name` gets where this scheme is meant for a whole model."""
@@ -134,10 +136,8 @@ SCHEMES: dict[str, Scheme] = {
 }  # fmt: skip
 
 
-def not_gathered(scheme: Scheme, k: int) -> str | None:
-    """Why ONNX Runtime can't gather rows of `k` weights of `scheme`, as it does of an embedding; None where it can."""
+def not_gathered(scheme: Scheme) -> str | None:
+    """Why ONNX Runtime can't gather rows of weights of `scheme`, as it does of an embedding; None where it can."""
     if not scheme.blockwise:
         return f"GatherBlockQuantized has no per-channel weights, which {scheme.name} makes"
-    if k % scheme.block_size:
-        return f"GatherBlockQuantized needs rows of a multiple of {scheme.block_size}, these have {k}"
     return None

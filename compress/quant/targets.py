@@ -35,13 +35,12 @@ def layer_targets(parts: Parts, index: int, choice: SchemeChoice) -> Iterator[We
 def table_targets(parts: Parts, choice: SchemeChoice) -> Iterator[WeightTarget]:
     """The token embedding, and the output head where it has weights of its own, unless they stay float32.
 
-    An embedding is gathered by blocks that fill its rows: it gets the largest such block, up to its scheme's own.
+    An embedding gets the largest blocks that fill its rows, up to its scheme's own.
     """
     embedding = cast(Any, parts.backbone_module(parts.family.token_embedding))
     name = f"{parts.prefix}{parts.family.token_embedding}.weight"
-    scheme = choice.of(name, "embedding")
-    if scheme and (fitting := scheme.filling(embedding.weight.shape[1])):
-        yield WeightTarget(name, embedding, "embedding", fitting)
+    if scheme := choice.of(name, "embedding"):
+        yield WeightTarget(name, embedding, "embedding", scheme.filling(embedding.weight.shape[1]))
     head = output_head(parts.model)
     if head and cast(Any, head[1]).weight is not embedding.weight:
         name = f"{head[0]}.weight"

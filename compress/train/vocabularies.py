@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from compress.data.config import Split
-from compress.data.spelling import boundaries, spelled_bytes
+from compress.data.spelling import Ints, boundaries, spelled_bytes
 from compress.data.text import TextData, block_starts, token_ids
 from compress.errors import StageFailed
 from compress.models.anatomy import ModelShape
@@ -157,7 +157,7 @@ def in_students_tokens(logits_BSW: Tensor, places_BT: Tensor, pieces_W: Tensor, 
     return found_NV.clamp_min(smallest).log().view(*places_BT.shape, vocab_size)
 
 
-def _most_split(ends_N: Ids, ends_M: Ids, starts: Ids, length: int, max_tokens: int) -> Ids:
+def _most_split(ends_N: Ints, ends_M: Ints, starts: Ids, length: int, max_tokens: int) -> Ids:
     """Of blocks that begin at `starts`, as many as `max_tokens` are: those in which most of the teacher's are split.
 
     Each counts once, into however many pieces: a run of spaces would outweigh a page of words.

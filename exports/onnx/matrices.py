@@ -53,7 +53,9 @@ class Matrix:
         codes, scales, zeros = self._blocks()
         flat = graph.op("Reshape", codes, graph.ints(self.tensor.shape[0], -1))
         options = {"bits": scheme.bits, "block_size": scheme.block_size, "gather_axis": 0, "quantize_axis": 1}
-        return graph.fused("GatherBlockQuantized", flat, ids, scales, *([zeros] if zeros else []), **options)
+        rows = graph.fused("GatherBlockQuantized", flat, ids, scales, *([zeros] if zeros else []), **options)
+        k = self.tensor.shape[1]
+        return graph.op("Slice", rows, graph.ints(0), graph.ints(k), graph.ints(-1)) if k % scheme.block_size else rows
 
     def _n_bits(self, x: str, bias: str) -> str:
         (n, k), scheme = self.tensor.shape, self.tensor.scheme

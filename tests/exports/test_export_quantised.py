@@ -166,6 +166,22 @@ def test_mixed_schemes_tables_and_a_head_of_its_own(tmp_path: Path) -> None:
     assert {"MatMulNBits", "GatherBlockQuantized", "DynamicQuantizeMatMul", "MatMul"} <= {k for _, k in operators(out)}
 
 
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("scheme", [W4, W4.asymmetric, SCHEMES["w4-block128"], W8, TERNARY])
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_table_whose_rows_no_block_fills(tmp_path: Path, scheme: Any, tied: bool, fused: bool) -> None:
+    if scheme is TERNARY and not fused:
+        pytest.skip("2 bits have no standard operator")
+    sizes = {"hidden_size": 72, "head_dim": 16, "tie_word_embeddings": tied}
+    source = quantised(make_pico("llama", tmp_path / "pico", num_hidden_layers=1, **sizes), tmp_path / "q", scheme)
+    assert export(source, tmp_path / "out", "quantized", fused=fused)["parity_max_error"] < 1e-4
+    weights = weights_of(tmp_path / "out")
+    assert "model.embed_tokens.weight" not in weights
+    table = weights["model.embed_tokens.weight.codes"]
+    assert table.dtype == np.uint8 or not fused
+    assert ("GatherBlockQuantized" in {kind for _, kind in operators(tmp_path / "out")}) == fused
+
+
 class Text:
     """Random tokens in place of a pipeline's text."""
 

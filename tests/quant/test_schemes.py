@@ -217,18 +217,16 @@ def test_what_goes_with_a_scheme() -> None:
 @pytest.mark.parametrize("scheme", [s for s in EVERY if s.blockwise], ids=label)
 def test_blocks_that_fill_a_row(scheme: Scheme) -> None:
     assert scheme.filling(1024) == scheme
-    assert scheme.filling(40) is None
+    assert scheme.filling(40) == scheme  # its last block is filled up
     narrower = scheme.filling(576)
-    assert narrower is not None
     assert 576 % narrower.block_size == 0
     assert narrower == scheme or (narrower.block_size, scheme.block_size) == (64, 128)
     assert (narrower.bits, narrower.symmetric) == (scheme.bits, scheme.symmetric)
 
 
 def test_what_the_runtime_does_not_gather() -> None:
-    assert not_gathered(W4_BLOCK32, 96) is None
-    assert "multiple of 32, these have 80" in str(not_gathered(W4_BLOCK32, 80))
-    assert "has no per-channel weights" in str(not_gathered(W8A8_DYNAMIC, 96))
+    assert not_gathered(W4_BLOCK32) is None
+    assert "has no per-channel weights" in str(not_gathered(W8A8_DYNAMIC))
 
 
 def test_a_mixed_choice() -> None:
