@@ -127,7 +127,8 @@ DIFFERENT: dict[str, dict[str, list[Any]]] = {
     },
     "export-onnx": {
         "format": ["fp32", "int8", "int4"], "fused": [False, True], "kv_cache": ["float32", "int8"],
-        "parity_tolerance": [1e-3, 1e-2],
+        "parity_tolerance": [1e-3, 1e-2], "chunk_size": [None, 128, 256], "prompt": [None, "int8"],
+        "prompt_exceptions": ["auto", (), ("down_proj",)],
     },
     "evaluate": {
         "tokens": [4096, 8192], "sequence_length": [128, 256], "against": [SOURCE, "prune-layers"], "recall": [OUT, {}],
@@ -135,7 +136,7 @@ DIFFERENT: dict[str, dict[str, list[Any]]] = {
         "recall.needle_depths": [[0], [0.5], [0, 0.5]], "recall.samples": [4, 8],
     },
     "latency": {
-        "prompts": [[64], [128]], "batch_sizes": [[1], [2], [1, 2]], "new_tokens": [16, 32], "repeats": [5, 10],
+        "chunk_sizes": [[], [32], [32, 48]], "prompts": [[64], [128]], "batch_sizes": [[1], [2], [1, 2]], "new_tokens": [16, 32], "repeats": [5, 10],
         "max_seconds": [60, 300], "baselines": [[], ["source"], ["source-int4"], ["source", "source-int4"]],
     },
 }  # fmt: skip
@@ -153,10 +154,10 @@ NEEDED: dict[tuple[str, str], dict[str, Any]] = {
     ("convert-attention", "kl_tokens"): {"select": "kl"},
     ("quantize", "smoothing"): {"scheme": "w8a8-dynamic", "scaling": "smoothquant"},
     ("quantize", "exceptions"): {"scheme": "w8a8-dynamic"}, ("quantize", "reduce_range"): {"scheme": "w8a8-dynamic"},
-    ("quantize", "ranges"): {"scheme": "w8a8-static"},
+    ("quantize", "ranges"): {"scheme": "w8a8-static"}, ("export-onnx", "prompt_exceptions"): {"prompt": "int8"},
 }
 """What else has to be said for an option to have a say."""
-AFTER: dict[str, Stages] = {"latency": ["export-onnx"]}
+AFTER: dict[str, Stages] = {"latency": ["export-onnx"], "export-onnx.prompt": [{"quantize": {"method": "rtn"}}]}
 
 
 def with_option(stage: str, option: str, value: Any) -> Stages:
@@ -174,7 +175,8 @@ def with_option(stage: str, option: str, value: Any) -> Stages:
     options = {key: each for key, each in options.items() if each is not OUT}
     if inner.get(name) is OUT:
         del inner[name]
-    return [PRUNED, *AFTER.get(stage, []), {stage: options}]
+    before = next((AFTER[name] for name in AFTER if f"{stage}.{option}".startswith(name)), [])
+    return [PRUNED, *before, {stage: options}]
 
 
 def options_of(model: type[BaseModel], above: str = "") -> Iterator[str]:
@@ -247,6 +249,8 @@ SAME: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("choose-format", {"prompts": [64]}, {"prompts": [64], "prefer": {"prefill": 1, "decode": 32}}),
     ("choose-format", {"prompts": [64]}, {"prompts": [64], "quantize": {"method": "gptq"}, "export": {"fused": True}}),
     ("export-onnx", {}, {"format": "fp32"}),
+    ("export-onnx", {}, {"chunk_size": 256}),
+    ("export-onnx", {"fused": False}, {"fused": False, "chunk_size": 64}),
     ("evaluate", {}, {"tokens": 8192}),
     ("evaluate", {"recall": {}}, {"recall": {"samples": 8, "contexts": [256, 1024]}}),
 ]  # fmt: skip
@@ -339,6 +343,7 @@ def test_a_seed_counts_where_it_is_used(stage: Any, counts: bool) -> None:
         ({"prune-groups": {"keep": {"hidden": 128}, "by": "magnitude"}}, False),
         ({"distill": {}}, True), ({"quantize": {}}, True), ({"quantize": {"method": "rtn"}}, False),
         ({"export-onnx": {}}, False), ({"export-onnx": {"kv_cache": "int8"}}, True), ("evaluate", True),
+        ({"export-onnx": {"chunk_size": None}}, False),
         ({"convert-attention": {"to": "linear", **NO_TRAINING}}, False),
         ({"convert-attention": {"to": "linear", **NO_TRAINING, "keep": 2}}, True),
     ],
