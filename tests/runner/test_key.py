@@ -136,7 +136,8 @@ DIFFERENT: dict[str, dict[str, list[Any]]] = {
         "recall.needle_depths": [[0], [0.5], [0, 0.5]], "recall.samples": [4, 8],
     },
     "latency": {
-        "chunk_sizes": [[], [32], [32, 48]], "prompts": [[64], [128]], "batch_sizes": [[1], [2], [1, 2]], "new_tokens": [16, 32], "repeats": [5, 10],
+        "chunk_sizes": [[], [32], [32, 48]], "prompts": [[64], [128]],
+        "batch_sizes": [[1], [2], [1, 2]], "new_tokens": [16, 32], "repeats": [5, 10],
         "max_seconds": [60, 300], "baselines": [[], ["source"], ["source-int4"], ["source", "source-int4"]],
     },
 }  # fmt: skip
