@@ -88,7 +88,7 @@ def table(found: Mapping[str, Any]) -> Table:
 
 def markdown(found: Mapping[str, Any]) -> str:
     """The table, the machine and what to beware of."""
-    return f"{as_markdown(table(found))}\n{footnote(found)}\n"
+    return f"{as_markdown(table(found)).rstrip()}\n\n{footnote(found)}\n"
 
 
 def footnote(found: Mapping[str, Any]) -> str:

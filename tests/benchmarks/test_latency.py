@@ -59,6 +59,7 @@ def test_figures_files_and_ratios(tmp_path: Path, toy_decoder: Callable[[str], P
     table = (out / "latency.md").read_text()
     assert "| time per token, ms @ 8 × 2 rows |" in table
     assert "| prompt read, tokens/s @ 8 |" in table
+    assert "|\n\n" in table, "what follows without an empty line is a row to Markdown"
     assert "| time to first token, ms @ 8 in chunks of 6 |" in table
     assert "result / source-int4" in table
     assert (out / "latency.png").read_bytes().startswith(b"\x89PNG")
