@@ -89,13 +89,15 @@ class Bench:
 def report(rows: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> str:
     """A table for each text, cut and after recovery."""
     lines = ["# Groups cut, and brought back", "", f"Settings: `{json.dumps(settings, default=str)}`", ""]
+    return "\n".join([*lines, *tables(rows, settings["options"]["tokens"])])
+
+
+def tables(rows: Sequence[Mapping[str, Any]], tokens: int) -> Iterator[str]:
+    """For each text that was judged on, a table as cut and one after so many `tokens` of recovery, with headings."""
     for text in rows[0]["figures"]:
-        for trained in (False, True):
-            found = [row for row in rows if row["trained"] is trained]
-            if found:
-                title = f"after {settings['options']['tokens']} tokens" if trained else "as cut"
-                lines += [f"## Judged on {text}, {title}", "", *table(found, text), ""]
-    return "\n".join(lines)
+        for trained, when in ((False, "as cut"), (True, f"after {tokens} tokens")):
+            if found := [row for row in rows if row["trained"] is trained]:
+                yield from (f"## Judged on {text}, {when}", "", *table(found, text), "")
 
 
 def table(rows: Sequence[Mapping[str, Any]], text: str) -> Iterator[str]:

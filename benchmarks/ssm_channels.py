@@ -26,7 +26,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from compress.artifact import write_json
-from compress.benchmarks.group_pruning import table
+from compress.benchmarks.group_pruning import tables
 from compress.benchmarks.recovery import judge
 from compress.benchmarks.small_llama import ADDRESSES, Texts
 from compress.benchmarks.two_step import METHODS, Bench, Settings, train_source
@@ -143,15 +143,9 @@ def _measure(
 
 
 def report(rows: Sequence[Mapping[str, Any]], settings: Settings, how: Cut) -> str:
-    """A table for each text, cut and after recovery."""
+    """KL to the converted model: a table for each text, cut and after recovery."""
     lines = ["# Channels of Mamba-2 layers", "", f"Settings: `{json.dumps(asdict(settings) | asdict(how))}`", ""]
-    for text in rows[0]["figures"]:
-        for trained in (False, True):
-            found = [row for row in rows if row["trained"] is trained]
-            if found:
-                title = f"after {how.tokens} tokens" if trained else "as cut"
-                lines += [f"## KL to the converted model on {text}, {title}", "", *table(found, text), ""]
-    return "\n".join(lines)
+    return "\n".join([*lines, *tables(rows, how.tokens)])
 
 
 def main() -> None:

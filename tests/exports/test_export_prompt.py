@@ -67,6 +67,37 @@ def test_both_bodies_are_torchs_and_genai_runs_them(pico: Pico, tmp_path: Path, 
         assert tokens == expected[: len(tokens)]
 
 
+def test_genai_takes_a_second_turn_and_goes_back(folders: dict[str, Path]) -> None:
+    import onnxruntime_genai as og
+
+    turn = np.arange(100, 120, dtype=np.int64)
+    parameters = og.GeneratorParams(model := og.Model(str(folders["int8"])))
+    parameters.set_search_options(max_length=128, do_sample=False)
+    generator, decoder = og.Generator(model, parameters), OnnxModel(folders["int8"], threads=1).decoder(128)
+    for ids in (PROMPT[0], turn):
+        generator.append_tokens(ids.astype(np.int32))
+        expected = int(decoder.prefill(ids).argmax())
+        for _ in range(4):
+            generator.generate_next_token()
+            assert generator.get_next_tokens()[0] == expected
+            expected = int(decoder.step(expected).argmax())
+    first = PROMPT.shape[1]
+    generator.rewind_to(first)
+    generator.append_tokens(turn.astype(np.int32))
+    again = OnnxModel(folders["int8"], threads=1).decoder(128)
+    again.prefill(PROMPT)
+    expected = int(again.prefill(turn).argmax())
+    generator.generate_next_token()
+    assert generator.get_next_tokens()[0] == expected
+
+
+def test_it_goes_with_an_int8_cache(folders: dict[str, Path], tmp_path: Path) -> None:
+    options = {"prompt": "int8", "prompt_exceptions": (), "kv_cache": "int8"}
+    figures = export(folders["quantised"], tmp_path / "out", "quantized", data=TEXT, **options)
+    assert figures["parity_max_error"] < 1e-3
+    assert {"kv_cache_kl", "prompt_kl"} <= figures.keys()
+
+
 def test_few_tokens_are_read_by_the_weights_that_write(folders: dict[str, Path]) -> None:
     plain, both = (OnnxModel(folders[name], threads=1) for name in ("plain", "int8"))
     _, past = plain.forward(PROMPT)
