@@ -2,8 +2,8 @@
 
     python -m compress.benchmarks.first_cut ARMS.json --times BENCH.json --source FOLDER --plot first-cut.png
 
-BENCH.json is what `compress bench --json` measured of the exports, in turns; FOLDER the source's export there. ARMS.json
-has, by an arm's name, the folder of its export and what `compress eval --against SOURCE --json` measured of its model:
+BENCH.json is what `compress bench --json` measured of the exports, in turns; FOLDER the source's export there.
+ARMS.json has, by an arm's name, the folder of its export and what `compress eval --against SOURCE --json` measured:
 `{"vocabulary": {"timed": "03-export-onnx-…", "judged": {"a novel": "novel.json"}}}`. Prints a table in Markdown.
 """
 
