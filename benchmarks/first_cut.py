@@ -59,9 +59,10 @@ def plot(arms: Mapping[str, Mapping[str, Any]], file: Path) -> None:
     from matplotlib.figure import Figure
 
     texts = list(next(iter(arms.values()))["judged"])
-    figure = Figure(figsize=(4.8 * len(texts), 3.8), layout="constrained")
+    figure = Figure(figsize=(4.8 * len(texts), 4.0), layout="constrained")
     FigureCanvasAgg(figure)
-    for axes, text in zip(figure.subplots(1, len(texts), squeeze=False)[0], texts, strict=True):
+    panels = figure.subplots(1, len(texts), squeeze=False)[0]
+    for axes, text in zip(panels, texts, strict=True):
         for name, arm in arms.items():
             time: Ratio = arm["time"]
             value, error = arm["judged"][text]
@@ -71,7 +72,7 @@ def plot(arms: Mapping[str, Mapping[str, Any]], file: Path) -> None:
         axes.set_xlabel("time of a token over the source's in the same format")
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize=9)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     figure.savefig(file, dpi=110)
 
 
