@@ -72,7 +72,8 @@ def plot(arms: Mapping[str, Mapping[str, Any]], file: Path) -> None:
         axes.set_xlabel("time of a token over the source's in the same format")
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    named = panels[0].get_legend_handles_labels()
+    figure.legend(*named, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     figure.savefig(file, dpi=110)
 
 
