@@ -68,27 +68,37 @@ def test_both_bodies_are_torchs_and_genai_runs_them(pico: Pico, tmp_path: Path, 
 
 
 def test_genai_takes_a_second_turn_and_goes_back(folders: dict[str, Path]) -> None:
+    """Of any folder, it caches a token that it wrote with the next step only: a turn begins with the last one."""
     import onnxruntime_genai as og
 
-    turn = np.arange(100, 120, dtype=np.int64)
+    turn, first = np.arange(100, 120, dtype=np.int64), PROMPT.shape[1]
     parameters = og.GeneratorParams(model := og.Model(str(folders["int8"])))
     parameters.set_search_options(max_length=128, do_sample=False)
-    generator, decoder = og.Generator(model, parameters), OnnxModel(folders["int8"], threads=1).decoder(128)
-    for ids in (PROMPT[0], turn):
-        generator.append_tokens(ids.astype(np.int32))
-        expected = int(decoder.prefill(ids).argmax())
-        for _ in range(4):
+    generator = og.Generator(model, parameters)
+
+    def written(ids: Any, number: int) -> list[int]:
+        generator.append_tokens(np.asarray(ids).astype(np.int32))
+        found = []
+        for _ in range(number):
             generator.generate_next_token()
-            assert generator.get_next_tokens()[0] == expected
-            expected = int(decoder.step(expected).argmax())
-    first = PROMPT.shape[1]
+            found.append(int(generator.get_next_tokens()[0]))
+        return found
+
+    def expected(*reads: Any, number: int) -> list[int]:
+        decoder = OnnxModel(folders["int8"], threads=1).decoder(128)
+        logits = [decoder.prefill(np.asarray(ids)) for ids in reads][-1]
+        found = [int(logits.argmax())]
+        while len(found) < number:
+            found.append(int(decoder.step(found[-1]).argmax()))
+        return found
+
+    *cached, last = written(PROMPT[0], 4)
+    assert [*cached, last] == expected(PROMPT[0], number=4)
+    generator.rewind_to(first + len(cached))
+    steps = [[token] for token in cached]
+    assert written([last, *turn], 4) == expected(PROMPT[0], *steps, [last, *turn], number=4)
     generator.rewind_to(first)
-    generator.append_tokens(turn.astype(np.int32))
-    again = OnnxModel(folders["int8"], threads=1).decoder(128)
-    again.prefill(PROMPT)
-    expected = int(again.prefill(turn).argmax())
-    generator.generate_next_token()
-    assert generator.get_next_tokens()[0] == expected
+    assert written(turn, 4) == expected(PROMPT[0], turn, number=4)
 
 
 def test_it_goes_with_an_int8_cache(folders: dict[str, Path], tmp_path: Path) -> None:
