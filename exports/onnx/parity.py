@@ -92,11 +92,12 @@ def expectations(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: str, pooling: Pooling | None,
     described: Model, chunk_size: int | None,
 ) -> Expectations:  # fmt: skip
-    """Run torch over the fixed prompts, which are read in one call, by the weights that read prompts."""
+    """Run torch over the fixed prompts; in one call, where other weights read prompts than those that write."""
     import pydoc_data.topics
 
     is_decoder = task.endswith("-with-past")
-    room = min(MAX_PROMPT, model.config.max_position_embeddings - NUM_GREEDY, chunk_size or MAX_PROMPT)
+    one_call = chunk_size if described.prompt and chunk_size else MAX_PROMPT  # the last few would be read otherwise
+    room = min(MAX_PROMPT, model.config.max_position_embeddings - NUM_GREEDY, one_call)
     expected = []
     for page, share in _PAGES.items():
         options = {"add_special_tokens": False, "truncation": True, "max_length": max(2, int(room * share))}

@@ -198,7 +198,10 @@ def test_a_prompt_in_chunks_is_the_prompt(
     exported: Callable[[str, bool], Path], pico: Pico, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_type: str
 ) -> None:
     folder, whole = tmp_path / "chunks", OnnxModel(exported(model_type, True), threads=1)
+    lengths, forward = list[int](), OnnxModel.forward
+    monkeypatch.setattr(OnnxModel, "forward", lambda *args: (lengths.append(args[1].shape[1]), forward(*args))[1])
     export(pico(model_type), folder, chunk_size=7)
+    assert max(lengths) > 100, "the gate compares whole prompts, whatever the chunks"
     chunked, read = OnnxModel(folder, threads=1), list[int]()
     assert (whole.chunk_size, chunked.chunk_size) == (256, 7)
     expected = whole.decoder(64).prefill(PROMPT)
