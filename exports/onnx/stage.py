@@ -203,7 +203,6 @@ class ExportOnnx(Stage):
         from compress.exports.onnx.kv_cache import cache_scales, text_blocks
         from compress.exports.onnx.parity import expectations
         from compress.models.load import load_tokenizer
-        from compress.quant.qtensor import QTensor
 
         tokenizer = load_tokenizer(context.input.path)
         model, described = load(context.input)
@@ -216,8 +215,8 @@ class ExportOnnx(Stage):
             scored, held_out["prompt"] = prompt.text_blocks(context.data, tokenizer, described, self.prompt_exceptions)
             weights = prompt.prompt_weights(model, described.tensors, self.prompt_exceptions, scored)
             described = replace(described, prompt=weights)
-            left = sum(isinstance(each, QTensor) for each in described.tensors.values()) - len(weights)
-            context.reporter.log.info("prompts: %d projections in int8, %d as they are", len(weights), left)
+            what = "prompts: %d projections in int8, the others by the weights that write"
+            context.reporter.log.info(what, len(weights))
         pooling = read_pooling(context.input.path) if described.shape.family.kind == "encoder" else None
         task = write_folder(context, model, described, pooling, fused=self.fused, chunk_size=self.chunk_size)
         return expectations(model, tokenizer, task, pooling, described, self.chunk_size), held_out
