@@ -134,6 +134,8 @@ def plot(found: Mapping[str, Any], file: Path) -> None:
                 )  # fmt: skip
                 ticks.update(tokens.tolist())
         _dress(axes, kind, sorted(ticks))
+    named = figure.axes[0].get_legend_handles_labels()
+    figure.legend(*named, loc="outside lower center", ncols=min(3, len(named[1])), frameon=False, fontsize=9)
     figure.savefig(file, dpi=130)
 
 
@@ -155,7 +157,6 @@ def _dress(axes: Any, kind: str, ticks: list[int]) -> None:
     axes.set_title(f"{_WORDS[kind]} (median, whiskers p10–p90)", loc="left", fontsize=10)
     axes.grid(axis="y", alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=9)
 
 
 def _curves(figures: Mapping[str, Any], kind: str) -> dict[int, list[tuple[float, ...]]]:
