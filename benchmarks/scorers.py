@@ -5,17 +5,18 @@ from __future__ import annotations
 import inspect
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from compress.benchmarks.quality import Floats, Ints
 from compress.errors import CompressError
+from compress.models.anatomy import kind_of
+from compress.models.heads import Task, architecture_of, misfit, named_head
 
 if TYPE_CHECKING:
     from compress.runtime.session import OnnxModel
 
-Task = Literal["causal", "masked", "classification", "embedding"]
 Rows = Ints | slice
 _ALL = slice(None)
 _ONNX_TOKENS = 1024
@@ -33,19 +34,20 @@ class Scorer(Protocol):
     def __call__(self, ids_T: Ints, rows: Rows = _ALL) -> Floats: ...
 
 
-_HEADS: tuple[tuple[str, Task], ...] = (
-    ("ForCausalLM", "causal"), ("LMHeadModel", "causal"), ("ForMaskedLM", "masked"),
-    ("Classification", "classification"),
-)  # fmt: skip
-
-
 def task_of(folder: Path) -> Task:
-    """What the model in `folder` was made for. A folder without config.json has a decoder (onnxruntime-genai's)."""
+    """What the model in `folder` was made for. A folder without config.json has a decoder (onnxruntime-genai's).
+
+    Raises CompressError for a head that is not judged here.
+    """
     config_file = folder / "config.json"
     if not config_file.is_file():
         return "causal"
-    architecture = (json.loads(config_file.read_text("utf-8")).get("architectures") or ["Model"])[0]
-    return next((task for ending, task in _HEADS if architecture.endswith(ending)), "embedding")
+    config = json.loads(config_file.read_text("utf-8"))
+    if problem := misfit(config, kind_of(config), ()):
+        raise CompressError(str(folder), *problem)
+    head = named_head(architecture_of(config))
+    assert head is not None, "it would have been a misfit"
+    return head.task
 
 
 def open_scorer(folder: Path, task: Task, *, threads: int) -> Scorer:
