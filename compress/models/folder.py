@@ -11,12 +11,12 @@ from compress.errors import CompressError
 from compress.fetch import cache
 from compress.fetch.cache import recall
 from compress.models.anatomy import kind_of
-from compress.models.heads import misfit
+from compress.models.heads import BACKBONE, architecture_of, misfit, named_head
+from compress.models.pooling import MODULES, read_pooling
 from compress.models.stored import names_in
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-MODULES = "modules.json"
 VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "*.model", "*.spm", "*.tiktoken", "tekken.json")
 """Each of them makes a tokenizer: `tokenizer.model`, `spiece.model`, `sentencepiece.bpe.model` and so on."""
 LICENCES = ("[Ll][Ii][Cc][Ee][Nn][CcSs][Ee]*", "COPYING*", "NOTICE*", "USE_POLICY*")
@@ -61,6 +61,8 @@ def folder_problem(folder: Path, readable: Collection[str] = ()) -> tuple[str, s
         return f"is quantised already ({method})", "name the model that it was made from"
     try:
         model_files(folder, CONTENT + CARDS)
+        if kind_of(config) == "encoder" and named_head(architecture_of(config)) is BACKBONE:
+            read_pooling(folder)
     except CompressError as error:
         return error.problem.what, error.problem.fix
     kind = kind_of(config)
