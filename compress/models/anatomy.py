@@ -242,7 +242,7 @@ class ModelShape:
 
     @property
     def unjudged(self) -> str:
-        """What a classifier says that no softmax over classes judges, in words; `""` where one does."""
+        """What a head says that no softmax over classes judges or teaches, in words; `""` where one does."""
         if self.head is None or self.head.task != "classification":
             return ""
         if self.problem_type == "multi_label_classification":
