@@ -11,7 +11,7 @@ from compress.artifact import Format, Metrics, write_json
 from compress.benchmarks.recall import Recall
 from compress.errors import Problem
 from compress.models.anatomy import ModelShape
-from compress.stage import SOURCE, Given, Ref, Stage, StageContext
+from compress.stage import SOURCE, Given, Ref, Stage, StageContext, unjudged
 
 FIGURES = (
     "perplexity", "perplexity_ratio", "bits_per_byte", "bits_per_byte_ratio", "kl", "top1_agreement", "cosine",
@@ -51,6 +51,7 @@ class Evaluate(Stage):
         return any(given.formats[role] == "onnx" for role in given.rounding)
 
     def check(self, model: ModelShape) -> Iterator[Problem]:
+        yield from unjudged("", model)
         longest = model.max_position_embeddings
         if self.sequence_length > longest:
             yield Problem(

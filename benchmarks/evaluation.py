@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 from compress.benchmarks import quality
 from compress.benchmarks.quality import Estimate, Floats, Ints
 from compress.benchmarks.recollection import Recollection
-from compress.benchmarks.scorers import Scorer, Task
+from compress.benchmarks.scorers import Scorer
 from compress.data.spelling import lengths_of
 from compress.errors import StageFailed
+from compress.models.heads import Task
 from compress.stage import Progress
 from compress.units import UNKEPT, Units
 

@@ -13,13 +13,14 @@ from compress.benchmarks.haystack import Haystack
 from compress.benchmarks.quality import Floats, Ints
 from compress.benchmarks.recall import Recall
 from compress.benchmarks.recollection import recollect
-from compress.benchmarks.scorers import Scorer, Task, logits_of, open_scorer, task_of
+from compress.benchmarks.scorers import Scorer, logits_of, open_scorer, task_of
 from compress.benchmarks.vocabularies import check_comparable, edges, two_ways
 from compress.data.spelling import spelled_bytes
 from compress.data.text import TextData
 from compress.errors import StageFailed
 from compress.models.anatomy import shape_of
 from compress.models.folder import config_of
+from compress.models.heads import Task
 from compress.models.load import load_tokenizer
 from compress.models.origins import Origins, answering_channels
 from compress.stage import Reporter
@@ -51,7 +52,7 @@ def judge(
         theirs = asked_of(data, other, task, sequence_length, max_tokens)
         alike = [question.ids_T.tolist() for question in asked] == [question.ids_T.tolist() for question in theirs]
         if not alike:
-            check_comparable(subject, task)
+            check_comparable(subject)
             asked = two_ways(data, tokenizer, other, task, sequence_length, max_tokens)
             reporter.log.info("evaluate: two vocabularies: bits per byte of the same text, and no perplexities")
     # before any model is loaded: the text may be too short

@@ -5,17 +5,19 @@ from __future__ import annotations
 import inspect
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from compress.benchmarks.quality import Floats, Ints
 from compress.errors import CompressError
+from compress.models.anatomy import kind_of
+from compress.models.heads import Task, architecture_of, misfit, named_head
+from compress.models.pooling import Pooling, read_pooling
 
 if TYPE_CHECKING:
     from compress.runtime.session import OnnxModel
 
-Task = Literal["causal", "masked", "classification", "embedding"]
 Rows = Ints | slice
 _ALL = slice(None)
 _ONNX_TOKENS = 1024
@@ -33,19 +35,20 @@ class Scorer(Protocol):
     def __call__(self, ids_T: Ints, rows: Rows = _ALL) -> Floats: ...
 
 
-_HEADS: tuple[tuple[str, Task], ...] = (
-    ("ForCausalLM", "causal"), ("LMHeadModel", "causal"), ("ForMaskedLM", "masked"),
-    ("Classification", "classification"),
-)  # fmt: skip
-
-
 def task_of(folder: Path) -> Task:
-    """What the model in `folder` was made for. A folder without config.json has a decoder (onnxruntime-genai's)."""
+    """What the model in `folder` was made for. A folder without config.json has a decoder (onnxruntime-genai's).
+
+    Raises CompressError for a head that is not judged here.
+    """
     config_file = folder / "config.json"
     if not config_file.is_file():
         return "causal"
-    architecture = (json.loads(config_file.read_text("utf-8")).get("architectures") or ["Model"])[0]
-    return next((task for ending, task in _HEADS if architecture.endswith(ending)), "embedding")
+    config = json.loads(config_file.read_text("utf-8"))
+    if problem := misfit(config, kind_of(config), ()):
+        raise CompressError(str(folder), *problem)
+    head = named_head(architecture_of(config))
+    assert head is not None, "it would have been a misfit"
+    return head.task
 
 
 def open_scorer(folder: Path, task: Task, *, threads: int) -> Scorer:
@@ -73,7 +76,8 @@ def _torch_scorer(folder: Path, task: Task) -> Scorer:
     model = _load(folder)
     if task != "embedding":
         return logits_of(model)
-    return lambda ids_T, rows=_ALL: pool(folder, _forward(model, ids_T)[0][0].float().numpy())[rows]
+    pooling = read_pooling(folder) or Pooling()
+    return lambda ids_T, rows=_ALL: pooling.of(_forward(model, ids_T)[0].float().numpy())[rows]
 
 
 def _forward(model: Any, ids_T: Ints, logits_of_R: Ints | None = None) -> Any:
@@ -95,6 +99,7 @@ def _onnx_scorer(folder: Path, task: Task, threads: int) -> Scorer:
     from compress.runtime.session import OnnxModel
 
     model = OnnxModel(folder, threads=threads)
+    pooling = (read_pooling(folder) if task == "embedding" else None) or Pooling()
 
     def score(ids_T: Ints, rows: Rows = _ALL) -> Floats:
         if task == "causal":
@@ -104,7 +109,7 @@ def _onnx_scorer(folder: Path, task: Task, threads: int) -> Scorer:
             return np.atleast_2d(outputs["logits"][0])[rows]
         if "sentence_embedding" in outputs:
             return np.atleast_2d(outputs["sentence_embedding"][0])[rows]
-        return pool(folder, outputs["last_hidden_state"][0])[rows]
+        return pooling.of(outputs["last_hidden_state"])[rows]
 
     return score
 
@@ -123,16 +128,3 @@ def _decoder_logits(model: OnnxModel, ids_T: Ints, rows_R: Ints) -> Floats:
             raise CompressError(str(model.folder), "computes the logits of the last token alone", fix)
         found.append(logits_1LV[0, from_end_R])
     return np.concatenate(found)
-
-
-def pool(folder: Path, hidden_TH: Floats) -> Floats:
-    """One embedding (1, H) from a sequence's hidden states, as sentence-transformers' `1_Pooling/config.json` says.
-
-    Mean where it says nothing.
-    """
-    file = folder / "1_Pooling" / "config.json"
-    pooling = json.loads(file.read_text("utf-8")) if file.is_file() else {}
-    if pooling.get("pooling_mode_cls_token"):
-        return hidden_TH[:1]
-    pooled_1H: Floats = hidden_TH.mean(axis=0, keepdims=True)
-    return pooled_1H

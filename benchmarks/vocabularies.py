@@ -10,20 +10,21 @@ import numpy as np
 
 from compress.benchmarks.evaluation import Question, next_tokens
 from compress.benchmarks.quality import Ints
-from compress.benchmarks.scorers import Task
 from compress.data.spelling import Pair, Tokens, pairs, spelled_bytes
 from compress.data.text import TextData, block_starts, token_ids
 from compress.errors import StageFailed
 from compress.models.folder import config_of
+from compress.models.heads import Task, architecture_of, named_head
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def check_comparable(subject: Path, task: Task) -> None:
+def check_comparable(subject: Path) -> None:
     """Raises StageFailed for a model that says something of each token without predicting text."""
-    architecture = str(((config_of(subject) or {}).get("architectures") or [""])[0])
-    if task == "masked" or architecture.endswith("ForTokenClassification"):
+    architecture = architecture_of(config_of(subject) or {})
+    head = named_head(architecture)
+    if head is not None and head.per_token:
         what = f"{architecture} says something of tokens, and the two models have different ones"
         raise StageFailed("evaluate", what, "compare it with a model of its own vocabulary: against: that stage's id")
 

@@ -76,6 +76,13 @@ class Given:
     rounding: frozenset[str] = frozenset()
 
 
+def unjudged(where: str, model: ModelShape) -> Iterator[Problem]:
+    """What is wrong where a model is judged or taught by the softmax of its logits and its head is of another kind."""
+    if model.unjudged:
+        what = f"the model has {model.unjudged}, which a softmax says nothing of"
+        yield Problem(where, what, "rows and tasks for such heads do not exist yet; export-onnx and latency take them")
+
+
 class Progress(Protocol):
     """Moves a progress bar on: `advance(steps, note)`."""
 

@@ -12,14 +12,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from compress.errors import InvalidInput
-from compress.mixers.spec import MixerSpec, read_specs
+from compress.mixers.spec import FULL, SLIDING, MixerSpec, read_specs
 from compress.mixers.widths import LayerWidths, widths_fault, with_entry
+from compress.models.heads import BACKBONE, Head, Kind, architecture_of, named_head
 
 HYBRID = "hybrid_"
 """What the `model_type` of a converted model starts with; the rest is that of the model that was converted."""
-
-HEADS = ("ForCausalLM", "LMHeadModel", "ForSequenceClassification", "ForMaskedLM", "ForTokenClassification")
-"""What the names of transformers' classes with an output head end with."""
 
 
 _BUFFER = re.compile(
@@ -74,7 +72,7 @@ class Family:
 
     name: str
     model_types: tuple[str, ...]
-    kind: Literal["decoder", "encoder"]
+    kind: Kind
     backbone: str
     layers: str
     token_embedding: str
@@ -211,8 +209,8 @@ class ModelShape:
     own_v_head_dim: lanes of a head's values, where they are not head_dim. layer_types: `full_attention`,
     `sliding_attention` or `linear_attention` for each layer, where the file has it.
     layers_guessed: of those two only the numbers are known yet, not which layers. attention_features: what the softmax
-    attention has that no mixer can carry over, in the words of `config.json`. has_head: it has outputs beyond its last
-    hidden states.
+    attention has that no mixer can carry over, in the words of `config.json`. head: None where the file names no class
+    that is known. num_labels, problem_type: a classifier's.
     """
 
     family: Family
@@ -233,7 +231,24 @@ class ModelShape:
     layer_types: tuple[str, ...] = ()
     layers_guessed: bool = False
     attention_features: tuple[str, ...] = ()
-    has_head: bool = True
+    head: Head | None = None
+    num_labels: int = 2
+    problem_type: str = ""
+
+    @property
+    def has_head(self) -> bool:
+        """Whether it has outputs beyond its last hidden states."""
+        return self.head is not None and self.head is not BACKBONE
+
+    @property
+    def unjudged(self) -> str:
+        """What a head says that no softmax over classes judges or teaches, in words; `""` where one does."""
+        if self.head is None or self.head.task != "classification":
+            return ""
+        if self.problem_type == "multi_label_classification":
+            return "a multi-label head, which says yes or no to each label"
+        one = self.num_labels == 1 or self.problem_type == "regression"
+        return "a head of one number (regression, a cross-encoder)" if one else ""
 
     @property
     def v_head_dim(self) -> int:
@@ -300,6 +315,13 @@ def family_of(model_type: str, where: str = "model") -> Family:
     raise InvalidInput(where, f"model_type {model_type!r} is not supported", f"supported: {known}")
 
 
+def kind_of(config: Mapping[str, Any]) -> Kind | None:
+    """The kind of the family of a parsed `config.json`; None for one that is not known here."""
+    model_type = config.get("model_type")
+    known = (each for each in FAMILIES if model_type in (*each.model_types, *each.hybrids))
+    return next((each.kind for each in known), None)
+
+
 def shape_of(config: Mapping[str, Any], where: str = "model") -> ModelShape:
     """The shape that a parsed `config.json` declares. Raises InvalidInput for an unsupported or incomplete one."""
     model_type = config.get("model_type")
@@ -329,11 +351,26 @@ def shape_of(config: Mapping[str, Any], where: str = "model") -> ModelShape:
         tie_word_embeddings=bool(config.get("tie_word_embeddings", family.name in ("gpt2", "bert"))),
         residual="pre" if config.get("use_parallel_residual") is False else family.residual,
         mixers=_mixers(config, number("num_hidden_layers"), where),
-        layer_types=tuple(config.get("layer_types") or ()),
+        layer_types=_layer_types(config, number("num_hidden_layers")),
         attention_features=tuple(_attention_features(config)),
-        has_head=str((config.get("architectures") or [""])[0]).endswith(HEADS),
+        head=named_head(architecture_of(config)),
+        num_labels=_num_labels(config),
+        problem_type=str(config.get("problem_type") or ""),
     )
     return replace(shape, layer_widths=_layer_widths(config, shape, where))
+
+
+def _layer_types(config: Mapping[str, Any], num_layers: int) -> tuple[str, ...]:
+    """`full_attention` or `sliding_attention` of each layer, where the file has them or follows from Qwen's keys."""
+    said, first = config.get("layer_types"), config.get("max_window_layers")
+    if said or not (config.get("use_sliding_window") and config.get("sliding_window") and isinstance(first, int)):
+        return tuple(said or ())
+    return tuple(FULL if layer < first else SLIDING for layer in range(num_layers))
+
+
+def _num_labels(config: Mapping[str, Any]) -> int:
+    named, told = config.get("id2label"), config.get("num_labels")
+    return len(named) if isinstance(named, dict) else told if isinstance(told, int) else 2
 
 
 def _layer_widths(config: Mapping[str, Any], shape: ModelShape, where: str) -> tuple[LayerWidths, ...]:
@@ -375,5 +412,5 @@ def _attention_features(config: Mapping[str, Any]) -> Iterator[str]:
     if share != 1.0:
         yield f"partial_rotary_factor {share}"
     window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
-    if window and not config.get("layer_types"):
+    if window and not config.get("layer_types") and config.get("max_window_layers") is None:
         yield f"sliding_window {window} in every layer"

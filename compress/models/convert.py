@@ -16,6 +16,7 @@ from compress.mixers.mixer import Mixer
 from compress.mixers.noncausal import NonCausalMixer
 from compress.mixers.spec import FULL, LINEAR, SLIDING, MixerSpec
 from compress.models.anatomy import family_of
+from compress.models.load import left_out
 from compress.models.pretrained import with_weights
 
 PREFIX = "Hybrid"
@@ -46,13 +47,19 @@ def to_hybrid(
         keys["layer_types"] = list(layer_types or _layer_types(model.config, mixers))
         keys["sliding_window"] = sliding_window or getattr(model.config, "sliding_window", None)
     config = config_class.from_dict(keys)
+    weights = _weights(model, hybrid_class, config)
     converted = with_weights(
-        hybrid_class, config, _weights(model, hybrid_class, config), dtype=model.dtype,
-        attn_implementation=model.config._attn_implementation,
+        hybrid_class, config, weights, dtype=model.dtype,
+        attn_implementation=model.config._attn_implementation, **left_out(_named(hybrid_class, keys), weights),
     )  # fmt: skip
     if converted.can_generate():
         converted.generation_config = copy.deepcopy(model.generation_config)
     return cast(PreTrainedModel, converted.to(model.device).eval())
+
+
+def _named(model_class: Any, config: Mapping[str, Any]) -> dict[str, Any]:
+    """`config` of a model of that class, whatever class it was before."""
+    return {**config, "architectures": [model_class.__name__]}
 
 
 def _hybrid_class(model: PreTrainedModel) -> Any:
@@ -107,7 +114,7 @@ def narrowed(
     config.pop("auto_map", None)
     smaller = with_weights(
         model_class, model_class.config_class.from_dict(config), weights, dtype=model.dtype,
-        attn_implementation=model.config._attn_implementation,
+        attn_implementation=model.config._attn_implementation, **left_out(_named(model_class, config), weights),
     )  # fmt: skip
     if smaller.can_generate():
         smaller.generation_config = copy.deepcopy(model.generation_config)

@@ -10,10 +10,13 @@ from compress import artifact
 from compress.errors import CompressError
 from compress.fetch import cache
 from compress.fetch.cache import recall
+from compress.models.anatomy import kind_of
+from compress.models.heads import BACKBONE, architecture_of, misfit, named_head
+from compress.models.pooling import MODULES, read_pooling
+from compress.models.stored import names_in
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-MODULES = "modules.json"
 VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "*.model", "*.spm", "*.tiktoken", "tekken.json")
 """Each of them makes a tokenizer: `tokenizer.model`, `spiece.model`, `sentencepiece.bpe.model` and so on."""
 LICENCES = ("[Ll][Ii][Cc][Ee][Nn][CcSs][Ee]*", "COPYING*", "NOTICE*", "USE_POLICY*")
@@ -58,9 +61,12 @@ def folder_problem(folder: Path, readable: Collection[str] = ()) -> tuple[str, s
         return f"is quantised already ({method})", "name the model that it was made from"
     try:
         model_files(folder, CONTENT + CARDS)
+        if kind_of(config) == "encoder" and named_head(architecture_of(config)) is BACKBONE:
+            read_pooling(folder)
     except CompressError as error:
         return error.problem.what, error.problem.fix
-    return None
+    kind = kind_of(config)
+    return misfit(config, kind, tensor_names(folder)) if kind else None
 
 
 def weight_names(folder: Path) -> list[str]:
@@ -73,6 +79,11 @@ def indexed(folder: Path) -> list[str]:
     index = recall(folder / INDEX)
     named = index.get("weight_map") if isinstance(index, dict) else None
     return sorted({str(name) for name in named.values()}) if isinstance(named, dict) else []
+
+
+def tensor_names(folder: Path) -> set[str]:
+    """The names of a model's weights; none where a file of them can't be read."""
+    return names_in(folder / name for name in weight_names(folder))
 
 
 def weight_files(folder: Path) -> list[Path]:

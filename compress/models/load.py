@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,11 +12,16 @@ from compress.artifact import write_json
 from compress.errors import CompressError
 from compress.fetch.cache import recall
 from compress.models.anatomy import HYBRID, is_buffer
-from compress.models.folder import CARDS, COMPANIONS, VOCABULARIES, config_of, model_files
+from compress.models.folder import CARDS, COMPANIONS, VOCABULARIES, config_of, model_files, tensor_names
+from compress.models.heads import BACKBONE, architecture_of, lacks_pooler, named_head
 from compress.models.pretrained import read_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+_ENDS = ("bos_token", "eos_token", "unk_token")
+"""What GPT-2's class takes one token for where nothing is said."""
 
 
 def load_model(folder: Path) -> PreTrainedModel:
@@ -34,14 +39,20 @@ def read_model(folder: Path, *, device: str | int | None = None) -> PreTrainedMo
     """As `load_model`, also of weights in a form that transformers itself knows (bitsandbytes'), put on `device`."""
     import torch
 
-    auto = auto_class(json.loads((folder / "config.json").read_text("utf-8")))
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    head = named_head(architecture_of(config))
+    left_over = head.left_over if head else ()
     model, report = read_folder(
-        auto, folder, "are config.json and the weights complete?", dtype=torch.float32, use_safetensors=True,
-        output_loading_info=True, device_map=None if device is None else {"": device},
+        auto_class(config), folder, "are config.json and the weights complete?", dtype=torch.float32,
+        use_safetensors=True, output_loading_info=True, device_map=None if device is None else {"": device},
+        **left_out(config, tensor_names(folder)),
     )  # fmt: skip
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if misfits := [name for name in report.get(kind) or () if not is_buffer(str(name))]:
-            names = ", ".join(map(str, sorted(misfits)[:3]))
+        misfits = [str(name) for name in report.get(kind) or () if not is_buffer(str(name))]
+        if kind == "unexpected_keys":
+            misfits = [name for name in misfits if not name.startswith(left_over)]
+        if misfits:
+            names = ", ".join(sorted(misfits)[:3])
             raise CompressError(str(folder), f"the weights do not fit config.json: {kind} {names}", "is it complete?")
     loaded: PreTrainedModel = model.eval()
     return loaded
@@ -61,7 +72,22 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     know_classes(config_of(folder) or {})  # whose config.json AutoTokenizer reads too
     fix = "are its files those of the model's tokenizer, and complete?"
     tokenizer: PreTrainedTokenizerBase = read_folder(AutoTokenizer, folder, fix)
+    if end := _own_end(tokenizer, folder):
+        tokenizer = read_folder(AutoTokenizer, folder, fix, **dict.fromkeys(_ENDS, end))
     return tokenizer
+
+
+def _own_end(tokenizer: PreTrainedTokenizerBase, folder: Path) -> str:
+    """The end token that `config.json` names where a vocabulary alone says none, and its class adds one of its own.
+
+    `""` where the tokenizer's is one of the model's, or config.json does not help.
+    """
+    config = config_of(folder) or {}
+    size, end, own = config.get("vocab_size"), config.get("eos_token_id"), tokenizer.eos_token_id
+    says = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
+    if says or not (isinstance(size, int) and isinstance(end, int) and isinstance(own, int)) or not end < size <= own:
+        return ""
+    return str(tokenizer.convert_ids_to_tokens(end))
 
 
 def save_model(model: PreTrainedModel, origin: Path, out: Path) -> None:
@@ -98,17 +124,13 @@ def auto_class(config: Mapping[str, Any]) -> Any:
     import transformers
 
     know_classes(config)
-    architecture = (config.get("architectures") or ["AutoModel"])[0]
-    for suffix, auto in (
-        ("ForCausalLM", transformers.AutoModelForCausalLM),
-        ("LMHeadModel", transformers.AutoModelForCausalLM),
-        ("ForSequenceClassification", transformers.AutoModelForSequenceClassification),
-        ("ForMaskedLM", transformers.AutoModelForMaskedLM),
-        ("ForTokenClassification", transformers.AutoModelForTokenClassification),
-    ):
-        if architecture.endswith(suffix):
-            return auto
-    return transformers.AutoModel
+    return getattr(transformers, (named_head(architecture_of(config)) or BACKBONE).auto)
+
+
+def left_out(config: Mapping[str, Any], names: Collection[str]) -> dict[str, bool]:
+    """Options of the class of a parsed `config.json` where weights of these names lack a part that it can do without.
+    """
+    return {"add_pooling_layer": False} if lacks_pooler(config, names) else {}
 
 
 def know_classes(config: Mapping[str, Any]) -> None:

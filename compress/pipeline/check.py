@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from compress.errors import InvalidInput, Problem
+from compress.errors import CompressError, InvalidInput, Problem
 from compress.models.anatomy import ModelShape, shape_of
 from compress.models.sources import parse_source
 from compress.pipeline.file import Draft, Pipeline, in_order, read_draft
@@ -53,10 +53,15 @@ def check_file(path: Path) -> Checked:
     if draft.model is not None:
         place = draft.document.place("model")
         try:
-            config = parse_source(draft.model, place).config()
+            source = parse_source(draft.model, place)
+            config = source.config()
             shape = None if config is None else shape_of(config, place)
+            if config is not None:
+                source.fetch()  # at hand already: what its folder lacks is told now
         except InvalidInput as error:
             problems += error.problems
+        except CompressError as error:
+            problems.append(replace(error.problem, where=place))
         else:
             if config is None:
                 notes.append(Problem(place, "unchecked until fetched: whether the options fit the model"))

@@ -17,6 +17,7 @@ from compress.registry import did_you_mean, stage_class, stage_names
 from compress.stage import INPUT, SOURCE
 
 if TYPE_CHECKING:
+    from compress.models.anatomy import ModelShape
     from compress.pipeline.graph import Graph, GraphNode
 
 Operator = Literal["<=", ">=", "<", ">"]
@@ -28,6 +29,16 @@ DISTANCES = frozenset({"kl", "top1_agreement", "cosine", "perplexity_ratio", "bi
 """Figures that compare two models already, so that a baseline has none of its own."""
 OF_TOKENS = ("perplexity", "perplexity_ratio", "kl", "top1_agreement")
 """Figures that can't be compared between models with different vocabularies: bits per byte stand in their place."""
+
+_TASKS: Mapping[str, tuple[str, ...]] = {
+    "perplexity": ("causal", "masked"), "perplexity_ratio": ("causal", "masked"),
+    "bits_per_byte": ("causal",), "bits_per_byte_ratio": ("causal",),
+    "kl": ("causal", "masked", "classification"), "top1_agreement": ("causal", "masked", "classification"),
+    "cosine": ("embedding",),
+}  # fmt: skip
+"""What `evaluate` measures of which task's models."""
+_KINDS = {"ttft_ms": "decoder", "tpot_ms": "decoder", "prompt_tokens_per_s": "decoder", "latency_ms": "encoder"}
+"""What `latency` measures of which kind's models."""
 
 _HOLDS: Mapping[Operator, Callable[[float, float], bool]] = {
     "<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt,
@@ -116,7 +127,9 @@ def unproven(graph: Graph, requirements: Sequence[Requirement]) -> list[Problem]
     problems = []
     for need in requirements:
         measured = subjects.get(need.metric, {})
-        if RESULT not in measured and need.metric in incomparable:
+        if RESULT not in measured and (problem := _without(graph, need)):
+            problems.append(problem)
+        elif RESULT not in measured and need.metric in incomparable:
             what = f"{need.metric} can't be compared between models with different vocabularies"
             fix = 'give bits_per_byte: "<= 1.05x source", or bits_per_byte_ratio'
             problems.append(Problem(need.place, what, fix))
@@ -133,6 +146,31 @@ def unproven(graph: Graph, requirements: Sequence[Requirement]) -> list[Problem]
                 fix = f'it compares two models already: give a limit alone, as "{need.operator} {need.number:g}"'
             problems.append(Problem(need.place, what, fix))
     return problems
+
+
+def lacks(model: ModelShape | None, figure: str) -> bool:
+    """Whether a model of that shape has no such figure, whoever measures; False where the shape is not known."""
+    if model is None:
+        return False
+    name = figure.partition("@")[0].removesuffix("_se")
+    if name in _KINDS:
+        return _KINDS[name] != model.family.kind
+    return name in _TASKS and model.head is not None and model.head.task not in _TASKS[name]
+
+
+def _without(graph: Graph, need: Requirement) -> Problem | None:
+    """What is wrong where a stage would measure the figure if the model were of another kind."""
+    for node in graph.nodes:
+        if node.shape and not node.hidden and need.metric in node.stage.produces() and lacks(node.shape, need.metric):
+            has = [name for name in _TASKS if not name.endswith("_ratio") and not lacks(node.shape, name)]
+            latency = "ttft_ms, tpot_ms" if node.shape.family.kind == "decoder" else "latency_ms"
+            what = f"a model of this kind ({node.shape.model_type}{_ending(node.shape)}) has no {need.metric}"
+            return Problem(need.place, what, f"it has {', '.join(has)}, and {latency} of each prompt")
+    return None
+
+
+def _ending(model: ModelShape) -> str:
+    return f" …{model.head.suffix}" if model.head else ""
 
 
 def measured_early(graph: Graph, requirements: Sequence[Requirement]) -> Iterator[Problem]:
@@ -156,7 +194,8 @@ def _subjects(graph: Graph) -> dict[str, dict[str, str]]:
         subjects = dict.fromkeys((RESULT, artifact, node.id), artifact)
         # a measurement's other roles are what it measures beside its input
         beside = {role: id_ for role, id_ in node.inputs.items() if measures and role != INPUT}
-        measured = set(node.stage.produces()) - set(_incomparable(graph, node))
+        measured = {name for name in node.stage.produces() if not lacks(node.shape, name)}
+        measured -= set(_incomparable(graph, node))
         for name in (*(() if measures else MODEL_FIGURES), *measured):
             found.setdefault(name, {}).update(subjects if name in DISTANCES else subjects | beside)
     return found

@@ -20,22 +20,27 @@ target: {{threads: 2}}            # where latency is measured
 seed: 0
 
 stages:
-{prune}  - distill: {{teacher: source, tokens: 100000, sequence_length: {length}}}   # more tokens bring it closer
-  - evaluate
-  - export-onnx: {{format: int4}}   # fp32, int8 or int4: the folder to deploy
-  - evaluate                      # perplexity, KL and agreement with the source, of what is deployed
-  - latency: {{prompts: {prompts}}}   # against the source in fp32 and in int4
+{prune}{distill}  - export-onnx: {{format: int4}}   # fp32, int8 or int4: the folder to deploy
+{evaluate}  - latency: {{prompts: {prompts}}}   # against the source in fp32 and in int4
 
 # What must hold of the result. A run that misses one ends with exit status 3, keeps everything and says by how much.
 require:
-  perplexity: "<= 1.5x source"
-  size_mb: "<= 0.2x source"
+{quality}  size_mb: "<= 0.2x source"
 {tpot}"""
 
 _PRUNE = """\
   - prune-layers: {{drop: {drop}, by: block-influence}}   # leave out the layers that change the text's course least
-  - evaluate                      # what the pruning cost
+{evaluate}"""
+_DISTILL = """\
+  - distill: {{teacher: source, tokens: 100000, sequence_length: {length}}}   # more tokens bring it closer
+  - evaluate
 """
+_EVALUATE = "  - evaluate                      # {what}\n"
+_QUALITY = {
+    "causal": ("perplexity", "<= 1.5x source"), "masked": ("perplexity", "<= 1.5x source"),
+    "classification": ("top1_agreement", ">= 0.9"), "embedding": ("cosine", ">= 0.9"),
+}  # fmt: skip
+"""What must hold by default of a model of each task."""
 
 
 def starter(model: str, file: str, shape: ModelShape | None) -> str:
@@ -44,15 +49,24 @@ def starter(model: str, file: str, shape: ModelShape | None) -> str:
     drop = 2 if shape is None else min(2, shape.num_hidden_layers // 4)
     prompts = [length for length in (128, 1024) if length + 128 <= positions] or [max(1, positions // 2)]
     decoder = shape is None or shape.family.kind == "decoder"
+    judged = shape is None or not shape.unjudged  # a head that no stage judges is pruned, exported and timed
+    figure, limit = _QUALITY[shape.head.task if shape and shape.head else "causal"]
+    deployed = "how far what is deployed is from the source"
     return _TEMPLATE.format(
         file=file,
         name=run_name(model),
         model=json.dumps(model, ensure_ascii=False),
-        prune=_PRUNE.format(drop=drop) if drop else "",
-        length=min(256, positions),
+        prune=_PRUNE.format(drop=drop, evaluate=_evaluation("what the pruning cost", judged)) if drop else "",
+        distill=_DISTILL.format(length=min(256, positions)) if judged else "",
+        evaluate=_evaluation(deployed, judged),
+        quality=f'  {figure}: "{limit}"\n' if judged else "",
         prompts=prompts,
         tpot=f'  tpot_ms@{prompts[0]}: "<= 0.5x source"\n' if decoder else "",
     )
+
+
+def _evaluation(what: str, judged: bool) -> str:
+    return _EVALUATE.format(what=what) if judged else ""
 
 
 def run_name(model: str) -> str:

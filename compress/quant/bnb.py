@@ -52,7 +52,8 @@ def load_in_bits(folder: Path, bits: int) -> PreTrainedModel:
     import torch
     import transformers
 
-    from compress.models.load import auto_class
+    from compress.models.folder import tensor_names
+    from compress.models.load import auto_class, left_out
     from compress.models.pretrained import read_folder
 
     config = json.loads((folder / "config.json").read_text("utf-8"))
@@ -66,6 +67,7 @@ def load_in_bits(folder: Path, bits: int) -> PreTrainedModel:
     model: PreTrainedModel = read_folder(
         auto_class(config), folder, "are config.json and the weights complete?", dtype=torch.float32,
         use_safetensors=True, quantization_config=quantization, device_map={"": device()},
+        **left_out(config, tensor_names(folder)),
     )  # fmt: skip
     model.train(False)
     return model

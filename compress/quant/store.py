@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from compress.artifact import write_json
 from compress.errors import CompressError
 from compress.models.anatomy import family_of
-from compress.models.load import auto_class, carry
+from compress.models.load import auto_class, carry, left_out
 from compress.models.pretrained import new_model, with_weights
 from compress.quant import bnb
 from compress.quant.schemes import SCHEMES, Scheme
@@ -143,6 +143,7 @@ def load_quantized_model(folder: Path, *, accuracy_level: int = 0) -> PreTrained
     model, report = with_weights(
         architecture, config, state, output_loading_info=True,
         ignore_mismatched_sizes=True,  # told below
+        **left_out(plain, state),
     )  # fmt: skip
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report.get(kind):  # a mismatched one is (name, shape, the shape that is wanted)

@@ -18,11 +18,13 @@ _LABELS = {
     "bits_per_byte": ("bits per byte of text", ""),
     "kl": ("KL to the source", "nats"),
     "top1_agreement": ("top-1 agreement", ""),
+    "cosine": ("cosine to the source", ""),
     "mqar": ("pairs recalled (MQAR) over", ""),
     "needle": ("needle found in", ""),
     "ttft_ms": ("first token, prompt of", "ms"),
     "prompt_tokens_per_s": ("prompt read, of", "tokens/s"),
     "tpot_ms": ("each token, after", "ms"),
+    "latency_ms": ("whole forward pass, of", "ms"),
     "state_mb": ("state of one sequence", "MB"),
     "kv_cache_mb": ("KV cache of one sequence of", "MB"),
     "peak_rss_mb": ("peak memory", "MB"),
@@ -32,7 +34,7 @@ _LABELS = {
 _SCALE = {"parameters": 1e-6}
 _STAGE_LABELS = {
     "parameters": "params (M)", "size_mb": "MB", "perplexity": "perplexity", "bits_per_byte": "bits/byte",
-    "kl": "KL", "top1_agreement": "top-1",
+    "kl": "KL", "top1_agreement": "top-1", "cosine": "cosine",
 }  # fmt: skip
 """The same for the table of stages, which is wide."""
 _RECALL_LABELS = {
@@ -74,8 +76,15 @@ def stages_table(record: RunRecord) -> Table:
         lines.append((line.stage.id, line.measured, seconds))
     names = [name for name in _STAGE_LABELS if any(name in values for _, values, _ in lines)]
     rows = tuple((id_, *(_value(values, name) for name in names), seconds) for id_, values, seconds in lines)
-    title = "after each stage (KL to the source in nats, top-1 agreement with it)"
+    title = _stages_title(names)
     return Table(title, ("", *(_STAGE_LABELS[name] for name in names), "took"), rows)
+
+
+def _stages_title(names: Sequence[str]) -> str:
+    words = {"kl": "KL to the source in nats", "top1_agreement": "top-1 agreement with it",
+             "cosine": "cosine to the source"}  # fmt: skip
+    told = ", ".join(words[name] for name in names if name in words)
+    return "after each stage" + (f" ({told})" if told else "")
 
 
 def recall_table(record: RunRecord) -> Table | None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from compress.errors import CompressError, InvalidInput
 from compress.models.anatomy import ModelShape, shape_of
+from compress.models.folder import tensor_names
 from compress.models.sources import source_artifact
 from compress.runner.execute import Setting, disk_explained, execute
 from compress.runner.journal import Journal, blank_record
@@ -71,7 +72,7 @@ def write_twin(origin: Path, out: Path) -> Path:
     import torch
     import transformers
 
-    from compress.models.load import auto_class, save_model
+    from compress.models.load import auto_class, left_out, save_model
     from compress.models.pretrained import new_model, read_folder
 
     out.mkdir()
@@ -81,7 +82,7 @@ def write_twin(origin: Path, out: Path) -> Path:
     config = read_folder(transformers.AutoConfig, out, "is config.json complete?")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = new_model(auto, config, dtype=torch.float32)
+        model = new_model(auto, config, dtype=torch.float32, **left_out(config_dict, tensor_names(origin)))
     save_model(model, origin, out)
     return out
 
@@ -100,6 +101,8 @@ def twin_config(config: Mapping[str, Any]) -> dict[str, Any]:
         for name, value in config.items()
         if isinstance(value, list) and len(value) == deep
     }
+    if shape.layer_types:
+        cut["layer_types"] = [shape.layer_types[index] for index in kept]
     twin = {**config, **cut, key("num_hidden_layers"): len(kept)}
     if config.get("sliding_window"):
         twin["sliding_window"] = min(config["sliding_window"], WINDOW)

@@ -2,43 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import math
-import struct
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from compress.artifact import CHECKPOINTS, Format
-from compress.errors import CompressError, InvalidInput
-from compress.models.anatomy import is_buffer, shape_of
+from compress.errors import InvalidInput
+from compress.models.anatomy import ModelShape, is_buffer, shape_of
 from compress.models.folder import config_of, weight_files, weight_names
+from compress.models.stored import StoredTensor, stored_tensors
 
 _HEADS = ("lm_head.weight", "embed_out.weight", "cls.predictions.decoder.weight", "cls.predictions.decoder.bias")
 """What may be tied to the token embeddings, by its ending."""
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """A tensor of a safetensors file. It lies from `start` to `stop`, in bytes from the file's own beginning."""
-
-    file: Path
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    stop: int
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes that it takes in the file."""
-        return self.stop - self.start
-
-    def read(self) -> bytes:
-        """Its bytes."""
-        with self.file.open("rb") as stream:
-            stream.seek(self.start)
-            return stream.read(self.num_bytes)
 
 
 def own_figures(folder: Path, format: Format, handed_on: float | None) -> dict[str, float]:
@@ -65,40 +40,22 @@ def own_figures(folder: Path, format: Format, handed_on: float | None) -> dict[s
     return {"size_mb": size_mb} if parameters is None else {"size_mb": size_mb, "parameters": parameters}
 
 
-def stored_tensors(file: Path) -> list[StoredTensor]:
-    """The tensors of a safetensors file: 8 bytes little-endian length, a JSON header, then the data.
-
-    Raises CompressError for a file that is not safetensors, or cut short.
-    """
-    try:
-        with file.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            header = json.loads(stream.read(length))
-        tensors = []
-        for name, entry in header.items():
-            if name != "__metadata__":
-                start, stop = (8 + length + offset for offset in entry["data_offsets"])
-                tensors.append(StoredTensor(file, name, entry["dtype"], tuple(entry["shape"]), start, stop))
-        missing = max((tensor.stop for tensor in tensors), default=8 + length) - file.stat().st_size
-        if missing > 0:
-            raise ValueError(f"{missing} bytes are missing")
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError, OverflowError, MemoryError) as error:
-        raise CompressError(str(file), "is not a whole safetensors file", "was it cut short? get it again") from error
-    return tensors
-
-
 def _idle(tensors: Sequence[StoredTensor], folder: Path) -> list[StoredTensor]:
     """Those that are no parameters of the model, or the same ones again."""
-    heads = [tensor for tensor in tensors if tensor.name.endswith(_HEADS)] if _ties_head(folder) else []
+    shape = _shape(folder)
+    tied = _HEADS if shape and shape.tie_word_embeddings else ()
+    heads = [tensor for tensor in tensors if tensor.name.endswith(tied)]
     copies = [head for head in heads if _is_copy(head, tensors)]
-    return [*(tensor for tensor in tensors if is_buffer(tensor.name)), *copies]
+    left_over = shape.head.left_over if shape and shape.head else ()
+    idle = (tensor for tensor in tensors if is_buffer(tensor.name) or tensor.name.startswith(left_over))
+    return [*idle, *copies]
 
 
-def _ties_head(folder: Path) -> bool:
+def _shape(folder: Path) -> ModelShape | None:
     try:
-        return shape_of(config_of(folder) or {}).tie_word_embeddings
+        return shape_of(config_of(folder) or {})
     except InvalidInput:
-        return False
+        return None
 
 
 def _is_copy(head: StoredTensor, tensors: Iterable[StoredTensor]) -> bool:

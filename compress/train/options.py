@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from compress.errors import Problem
 from compress.models.anatomy import ModelShape
 from compress.options import counted
+from compress.stage import unjudged
 from compress.train.launch import num_processes
 from compress.train.precision import uses_bf16
 
@@ -194,6 +195,8 @@ class TrainingOptions(StepOptions):
         if self.loss.ce and model.family.kind == "encoder":
             what = f"{model.model_type} is an encoder, which predicts no next token"
             yield Problem("loss.ce", what, "use kl or hidden")
+        if self.loss.kl or self.loss.skew_kl:
+            yield from unjudged("loss", model)
         yield from self.loss.misfits(model, model)
         yield from super().problems(model)
         if self.batch_size % self.gradient_accumulation_steps:

@@ -13,7 +13,7 @@ from compress.artifact import Artifact
 from compress.errors import StageFailed
 from compress.exports.onnx.rotary import rotary_tables
 from compress.exports.onnx.weights import Model
-from compress.models.load import auto_class, load_model
+from compress.models.load import auto_class, left_out, load_model
 from compress.models.parts import Parts
 from compress.models.pretrained import new_model
 from compress.quant.modules import set_weight
@@ -48,7 +48,8 @@ def _dequantised(config: Mapping[str, Any], tensors: Mapping[str, QTensor | Tens
 
     plain = {key: value for key, value in config.items() if key != KEY}
     auto = auto_class(plain)
-    model: PreTrainedModel = new_model(auto, transformers.AutoConfig.for_model(**plain), dtype=torch.float32)
+    own_config = transformers.AutoConfig.for_model(**plain)
+    model: PreTrainedModel = new_model(auto, own_config, dtype=torch.float32, **left_out(plain, tensors))
     own = dict(model.state_dict(keep_vars=True))
     found = [own[name] for name in tensors if name in own]
     tied = {name for name in set(own) - set(tensors) if any(own[name] is other for other in found)}

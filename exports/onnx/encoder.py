@@ -7,44 +7,19 @@ be padded on either side, as `attention_mask` says; positions count from the row
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 
-from compress.errors import StageFailed
 from compress.exports.onnx.attention import attend, project, scale, split_heads
 from compress.exports.onnx.blocks import Blocks, Stream
 from compress.exports.onnx.decoder import mlp
 from compress.exports.onnx.graph import Graph
 from compress.exports.onnx.noncausal import fold_feature_maps, noncausal_attention
+from compress.models.pooling import Pooling
 
 BATCH, LENGTH = "batch_size", "sequence_length"
 _POOLER, _CLASSIFIER, _MASKED_LM = "pooler.dense", "classifier", "cls.predictions"
-
-
-@dataclass(frozen=True)
-class Pooling:
-    """How a sentence becomes one vector: the mean of its tokens or its first one; normalised to length 1 or not."""
-
-    mode: str
-    normalize: bool
-
-
-def read_pooling(folder: Path) -> Pooling | None:
-    """What `1_Pooling/config.json` and `modules.json` declare; None without. Raises StageFailed for other modes."""
-    file = folder / "1_Pooling" / "config.json"
-    if not file.is_file():
-        return None
-    declared = json.loads(file.read_text("utf-8"))
-    modes = [key for key, value in declared.items() if key.startswith("pooling_mode") and value]
-    known = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
-    if len(modes) != 1 or modes[0] not in known:
-        raise StageFailed(str(file), f"pooling {modes} is not supported", f"supported: one of {', '.join(known)}")
-    modules = folder / "modules.json"
-    kinds = [module["type"] for module in json.loads(modules.read_text("utf-8"))] if modules.is_file() else []
-    return Pooling(known[modes[0]], any(kind.endswith(".Normalize") for kind in kinds))
 
 
 def build_encoder(blocks: Blocks, pooling: Pooling | None) -> None:

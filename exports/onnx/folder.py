@@ -10,7 +10,7 @@ from compress.artifact import write_json
 from compress.errors import StageFailed
 from compress.exports.onnx.blocks import ACTIVATIONS, Blocks
 from compress.exports.onnx.decoder import build_decoder
-from compress.exports.onnx.encoder import Pooling, build_encoder
+from compress.exports.onnx.encoder import build_encoder
 from compress.exports.onnx.genai import genai_config
 from compress.exports.onnx.graph import Graph
 from compress.exports.onnx.inputs import takes_padding
@@ -20,6 +20,7 @@ from compress.exports.onnx.states import state_shapes
 from compress.exports.onnx.tasks import task_of
 from compress.exports.onnx.weights import Model
 from compress.models.load import carry
+from compress.models.pooling import Pooling
 from compress.runtime.session import CHUNK_SIZE, SHARED_CACHE, TAKES_PADDING
 from compress.stage import StageContext
 

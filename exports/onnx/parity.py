@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from compress.artifact import write_json
 from compress.errors import StageFailed
 from compress.exports.onnx import FEW
-from compress.exports.onnx.encoder import Pooling
 from compress.exports.onnx.exact import EXACT_FILE, write_exact
 from compress.exports.onnx.tasks import dummy_inputs
+from compress.models.pooling import Pooling
 from compress.runtime.session import OnnxModel
 
 if TYPE_CHECKING:
@@ -163,11 +163,7 @@ def _expect_encoder(model: PreTrainedModel, prompt: NDArray[np.int64], pooling: 
     with torch.inference_mode():
         outputs = {name: value.numpy() for name, value in run(input_ids=torch.from_numpy(prompt)).items()}
     if pooling:
-        hidden = outputs["last_hidden_state"]
-        sentence = hidden.mean(1) if pooling.mode == "mean" else hidden[:, 0]
-        if pooling.normalize:
-            sentence = sentence / np.linalg.norm(sentence, axis=1, keepdims=True)
-        outputs["sentence_embedding"] = sentence
+        outputs["sentence_embedding"] = pooling.of(outputs["last_hidden_state"])
     return Expected(prompt, outputs)
 
 

@@ -198,11 +198,11 @@ class ExportOnnx(Stage):
         """
         from compress.exports.onnx import prompt
         from compress.exports.onnx.describe import load
-        from compress.exports.onnx.encoder import read_pooling
         from compress.exports.onnx.folder import write_folder
         from compress.exports.onnx.kv_cache import cache_scales, text_blocks
         from compress.exports.onnx.parity import expectations
         from compress.models.load import load_tokenizer
+        from compress.models.pooling import read_pooling
 
         tokenizer = load_tokenizer(context.input.path)
         model, described = load(context.input)
@@ -217,7 +217,7 @@ class ExportOnnx(Stage):
             described = replace(described, prompt=weights)
             what = "prompts: %d projections in int8, the others by the weights that write"
             context.reporter.log.info(what, len(weights))
-        pooling = read_pooling(context.input.path) if described.shape.family.kind == "encoder" else None
+        pooling = None if described.shape.has_head else read_pooling(context.input.path)
         task = write_folder(context, model, described, pooling, fused=self.fused, chunk_size=self.chunk_size)
         return expectations(model, tokenizer, task, pooling, described, self.chunk_size), held_out
 

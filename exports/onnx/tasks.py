@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compress.models.anatomy import HYBRID, shape_of
+from compress.models.heads import named_head
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -18,13 +19,9 @@ def task_of(model: PreTrainedModel, *, pooled: bool) -> str:
 
     A hybrid model's is that of the transformers class that it extends.
     """
-    from optimum.exporters.tasks import TasksManager
-
-    if pooled:
-        return "sentence-similarity"
-    own = next(base for base in type(model).__mro__ if base.__module__.startswith("transformers."))
-    task = str(TasksManager.infer_task_from_model(own))
-    return f"{task}-with-past" if task == "text-generation" else task
+    head = named_head(type(model).__name__)
+    assert head is not None, "it was read by the same table"
+    return "sentence-similarity" if pooled else head.export
 
 
 def dummy_inputs(model: PreTrainedModel, task: str) -> dict[str, NDArray[Any]]:

@@ -14,7 +14,7 @@ from compress.mixers.spec import SPECS, WINDOWED, MixerSpec
 from compress.models.anatomy import ModelShape
 from compress.models.layer_choice import Layers, LayersOrNone, count
 from compress.options import counted
-from compress.stage import SOURCE, Given, Ref, Stage, StageContext
+from compress.stage import SOURCE, Given, Ref, Stage, StageContext, unjudged
 from compress.stages.convert.layers import (
     To,
     at_random,
@@ -164,6 +164,8 @@ class ConvertAttention(Stage):
         if not wrong and self.preselected(model, 0) is None and self.select_tokens < self.block_length:
             what = f"{self.select_tokens} tokens do not fill one block of {self.block_length}"
             yield Problem("select_tokens", what, f"at least {self.block_length}")
+        if self._may_measure and self.preselected(model, 0) is None:
+            yield from unjudged("select", model)
         lengths = {f"{name}.sequence_length": each.sequence_length for name, each in self.trainings.items()}
         yield from misfitting_window(model, self.to, self.window_in(model), lengths)
         if self.feature_map == "softmax" and model.family.kind == "encoder":

@@ -13,7 +13,7 @@ from compress.errors import Problem
 from compress.models.anatomy import ModelShape
 from compress.models.layer_choice import Layers, count
 from compress.options import counted
-from compress.stage import Given, Stage, StageContext
+from compress.stage import Given, Stage, StageContext, unjudged
 
 if TYPE_CHECKING:
     from compress.models.parts import Parts
@@ -82,6 +82,8 @@ class PruneLayers(Stage):
             share = f", or a share from {1 / total:.2f} to {1 - 1 / total:.2f}"
             fix = f"choose 1 to {total - 1}{share}" if total > 1 else "a model of one layer can't be pruned by layers"
             yield Problem(option, f"{asked} of {total} layers leaves {kept} and drops {total - kept}", fix)
+        if self.by == "leave-one-out" and self._scores:
+            yield from unjudged("by", model)
         if self.sequence_length > model.max_position_embeddings:
             what = f"{self.sequence_length} is beyond the model's {model.max_position_embeddings} positions"
             yield Problem("sequence_length", what, f"at most {model.max_position_embeddings}")

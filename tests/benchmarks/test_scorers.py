@@ -13,7 +13,7 @@ import onnx
 import pytest
 
 from compress.benchmarks.export_cost import cost_of
-from compress.benchmarks.scorers import open_scorer, pool, task_of
+from compress.benchmarks.scorers import open_scorer, task_of
 from compress.errors import CompressError
 
 
@@ -46,10 +46,6 @@ def test_an_onnx_encoder_is_pooled_as_its_folder_says(toy_encoder: Callable[[str
     assert mean.shape == first.shape == (1, 32)
     assert np.array_equal(first, open_scorer(folder, "embedding", threads=1)(ids[:1]))
     assert not np.allclose(mean, first)
-
-
-def test_pooling_is_a_mean_where_nothing_is_said(tmp_path: Path) -> None:
-    assert pool(tmp_path, np.array([[1.0, 2.0], [3.0, 6.0]])).tolist() == [[2.0, 4.0]]
 
 
 def test_the_task_is_read_from_the_architecture(tmp_path: Path) -> None:

@@ -251,7 +251,8 @@ def test_sentence_embedding(tmp_path: Path) -> None:
     source = make_pico("bert", tmp_path / "source", num_hidden_layers=2)
     (source / "1_Pooling").mkdir()
     (source / "1_Pooling" / "config.json").write_text('{"pooling_mode_mean_tokens": true}')
-    (source / "modules.json").write_text('[{"type": "sentence_transformers.models.Normalize"}]')
+    modules = [{"type": "models.Pooling", "path": "1_Pooling"}, {"type": "models.Normalize"}]
+    (source / "modules.json").write_text(json.dumps(modules))
     export(source, tmp_path / "out")
     onnx_model = OnnxModel(tmp_path / "out", threads=1)
     mask = np.ones_like(PROMPT)

@@ -196,8 +196,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     model = tmp_path / "MODEL"
     model.mkdir()
     config = {
-        "model_type": "llama", "num_hidden_layers": 4, "hidden_size": 64, "intermediate_size": 96,
-        "num_attention_heads": 4, "vocab_size": 512, "max_position_embeddings": 256,
+        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "num_hidden_layers": 4, "hidden_size": 64,
+        "intermediate_size": 96, "num_attention_heads": 4, "vocab_size": 512, "max_position_embeddings": 256,
     }  # fmt: skip
     (model / "config.json").write_text(json.dumps(config), "utf-8")
     (model / "model.safetensors").write_bytes(b"")

@@ -16,9 +16,10 @@ from safetensors.numpy import save_file
 from compress.errors import CompressError
 from compress.hardware import Machine
 from compress.models.anatomy import shape_of
+from compress.models.stored import stored_tensors
 from compress.runner.key import ingredients_of, key_of
 from compress.runner.twin import twin_config
-from compress.runner.weights import own_figures, stored_tensors
+from compress.runner.weights import own_figures
 from compress.stage import Given, Target
 
 SHRINK, MEASURE = fakes.FakeShrink(), fakes.FakeMeasure()

@@ -113,7 +113,7 @@ def test_what_modules_json_names_weighs_too(pico: Pico, tmp_path: Path) -> None:
 
 
 def test_a_tensor_is_read_where_the_header_says(pico: Pico) -> None:
-    from compress.runner.weights import stored_tensors
+    from compress.models.stored import stored_tensors
 
     file = pico("llama") / "model.safetensors"
     for tensor in stored_tensors(file):
