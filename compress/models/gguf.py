@@ -9,7 +9,6 @@ from tempfile import TemporaryDirectory
 
 from compress.errors import CompressError
 from compress.hardware import minor_version
-from compress.models.gguf_config import check_tensors, said_config
 from compress.models.pretrained import from_pretrained
 
 CONVERSION = 3
@@ -48,6 +47,7 @@ def _convert(alone: Path, name: str, out: Path) -> None:
     from gguf import GGUFReader
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+    from compress.models.gguf_config import check_tensors, said_config  # numpy, which `check` does without
     from compress.models.load import keep_rope_theta
 
     config = from_pretrained(AutoConfig, alone, gguf_file=name)
