@@ -222,6 +222,12 @@ class Stage(BaseModel, ABC):
         """The same stage made small enough to run on a two-layer random twin in seconds."""
         return self
 
+    def check_source(self, folder: Path, data: TextData) -> None:
+        """Raises StageFailed for what the source's own tokenizer and text say against these options.
+
+        Said before the dry run, whose twin has a few tokens only.
+        """
+
     @abstractmethod
     def run(self, context: StageContext) -> Metrics:
         """Write the artifact's files into `context.out` and return its figures by subject.

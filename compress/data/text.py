@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.data.config import DataConfig, DatasetSpec, FileSpec, Split
@@ -113,6 +114,16 @@ class TextData:
             what = f"{self.overlap.share:.1%} of it also stands in data.train, as: {self.overlap.example!r}"
             fix = "name other text, leave `eval` out so that some is held out, or raise max_overlap"
             raise StageFailed("data.eval", what, fix)
+
+
+def check_special_ids(folder: Path, vocab_size: int) -> None:
+    """Raises StageFailed where the configs in `folder` name a special token that a model of `vocab_size` has not."""
+    from compress.vocab.rewrite import special_ids
+
+    for file, key, id_ in special_ids(folder):
+        if id_ >= vocab_size:
+            what = f"says {key} {id_} of a model of {vocab_size} embeddings"
+            raise StageFailed(file, what, "correct the id, or use the files that the model was trained with")
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:

@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 
 from compress.artifact import Artifact
-from compress.data.text import TextData, check_tokenizer
+from compress.data.text import TextData, check_special_ids, check_tokenizer
 from compress.errors import CompressError, InvalidInput
 from compress.hardware import check_threads
 from compress.models.anatomy import ModelShape, shape_of
@@ -49,6 +49,7 @@ class Prepared:
         from compress.models.load import has_tokenizer, load_tokenizer
 
         folder = self.source.fetch(self.reporter)
+        check_special_ids(folder, self.shape.vocab_size)
         if has_tokenizer(folder):
             check_tokenizer(load_tokenizer(folder), self.shape.vocab_size)
         return source_artifact(folder, self.plan.source_key)

@@ -39,14 +39,16 @@ _log.addFilter(lambda record: record.msg != DONE)  # and it is done again each t
 def try_twin(prepared: Prepared) -> None:
     """Run every stage's `twin()` on a twin of the source, in a temporary folder.
 
-    The twin keeps the source's heads, vocabulary and tokenizer, is shallow and narrow, and reads the pipeline's own
-    text. Raises InvalidInput for a source that can't be used, and naming the stage that failed; bugs keep their
-    traceback.
+    The twin keeps the source's heads, is shallow and narrow, has a few of its tokens, and reads the pipeline's own
+    text. What the real tokenizer says against a stage is asked of it before. Raises InvalidInput for a source that
+    can't be used, and naming the stage that failed; bugs keep their traceback.
     """
     with tempfile.TemporaryDirectory(prefix="compress-twin-") as temporary, disk_explained(Path(temporary)):
         run_dir = Path(temporary) / "run"
         run_dir.mkdir()
         origin = prepared.source_artifact
+        for node in prepared.graph.nodes:
+            node.stage.check_source(origin.path, prepared.data)
         twin = source_artifact(write_twin(origin.path, Path(temporary) / "twin"), "twin")
         nodes = tuple(replace(node, stage=node.stage.twin()) for node in prepared.graph.nodes)
         graph = replace(prepared.graph, nodes=nodes)  # the twin teaches, too, where another model does
@@ -74,9 +76,13 @@ def write_twin(origin: Path, out: Path) -> Path:
 
     from compress.models.load import auto_class, left_out, save_model
     from compress.models.pretrained import new_model, read_folder
+    from compress.vocab.small import small_vocabulary
 
     out.mkdir()
     config_dict = twin_config(json.loads((origin / "config.json").read_text("utf-8")))
+    shape = shape_of(config_dict)
+    if small := small_vocabulary(origin, shape.vocab_size):
+        config_dict = small.config(config_dict) | {shape.family.key("vocab_size"): small.vocab_size}
     (out / "config.json").write_text(json.dumps(config_dict))
     auto = auto_class(config_dict)
     config = read_folder(transformers.AutoConfig, out, "is config.json complete?")
@@ -84,6 +90,8 @@ def write_twin(origin: Path, out: Path) -> Path:
         torch.manual_seed(0)
         model = new_model(auto, config, dtype=torch.float32, **left_out(config_dict, tensor_names(origin)))
     save_model(model, origin, out)
+    if small:
+        small.rewrite(out)
     return out
 
 

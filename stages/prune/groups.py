@@ -120,8 +120,8 @@ class PruneGroups(Stage):
     def twin(self) -> Self:
         """Shares in place of the numbers that a narrow twin has not, scored on four short blocks.
 
-        Heads keep their number in a twin. Its vocabulary is the source's, and outweighs whatever a budget could cut of
-        its few layers: half of each kind goes instead.
+        Heads keep their number in a twin. A budget is for the whole model, of which a twin has a few layers and tokens:
+        half of each kind goes instead.
         """
         changes: dict[str, Any] = {"tokens": 64, "sequence_length": 16, "multiple_of": 1}
         if self.keep is None:

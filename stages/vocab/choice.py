@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compress.errors import StageFailed
-from compress.stages.vocab.tokens import Vocabulary, closed
+from compress.vocab.tokens import Vocabulary, closed
 
 Counts = NDArray[np.integer[Any]]
 PRIOR = 0.3
@@ -51,14 +51,8 @@ def choose(
     """
     size = len(counts_V)
     embedded = sorted(id_ for id_ in vocabulary.names if id_ < size)
-    chosen = {id_ for id_ in closed(vocabulary, needed) if id_ < size}
-    indispensable = frozenset(chosen)
-    if keep is not None and len(indispensable) > keep:
-        what = f"{keep} tokens, and bytes, characters, special tokens and the chat template need {len(indispensable)}"
-        raise StageFailed("keep", what, f"keep at least {len(indispensable)}")
-    if keep is not None and len(embedded) <= keep:
-        what = f"{keep} of {len(embedded)} tokens ({size} embeddings, some of which have no token) leaves none out"
-        raise StageFailed("keep", what, f"keep fewer than {len(embedded)}")
+    indispensable = least(vocabulary, needed, keep, size)
+    chosen = set(indispensable)
     if keep is None:
         used = sorted((id_ for id_ in embedded if counts_V[id_]), key=lambda id_: (-counts_V[id_], id_))
         _add(vocabulary, used, chosen, counts_V, size, float(coverage or 1) * float(counts_V.sum()))
@@ -71,6 +65,19 @@ def choose(
     by_use = closed(vocabulary, {id_ for id_ in chosen if counts_V[id_]}) & chosen - indispensable
     num_by_rank = len(chosen) - len(indispensable) - len(by_use)
     return Choice(sorted(chosen), beyond, len(indispensable), len(by_use), num_by_rank, share)
+
+
+def least(vocabulary: Vocabulary, needed: Collection[int], keep: int | None, size: int) -> frozenset[int]:
+    """What stays of `size` embeddings in any case. Raises StageFailed where `keep` tokens can't be chosen."""
+    indispensable = frozenset(id_ for id_ in closed(vocabulary, needed) if id_ < size)
+    num_embedded = sum(id_ < size for id_ in vocabulary.names)
+    if keep is not None and len(indispensable) > keep:
+        what = f"{keep} tokens, and bytes, characters, special tokens and the chat template need {len(indispensable)}"
+        raise StageFailed("keep", what, f"keep at least {len(indispensable)}")
+    if keep is not None and num_embedded <= keep:
+        what = f"{keep} of {num_embedded} tokens ({size} embeddings, some of which have no token) leaves none out"
+        raise StageFailed("keep", what, f"keep fewer than {num_embedded}")
+    return indispensable
 
 
 def _expected(counts_V: Counts, embedded: Sequence[int]) -> NDArray[np.float64]:

@@ -12,10 +12,13 @@ from pydantic import Field, model_validator
 from compress.artifact import Format, Metrics, write_json
 from compress.errors import Problem, StageFailed
 from compress.models.anatomy import ModelShape
-from compress.models.folder import VOCABULARY
+from compress.models.folder import VOCABULARY, config_of
 from compress.stage import Stage, StageContext
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from compress.data.text import TextData
     from compress.stages.vocab.choice import Choice, Counts
 
 _BLOCK = 256
@@ -80,24 +83,39 @@ class ReduceVocab(Stage):
         return 0.0
 
     def twin(self) -> Self:
-        """The same choice from less text: the twin has the model's own vocabulary."""
-        return self.model_copy(update={"tokens": min(self.tokens, max(_LEAST_TEXT, self.keep or 0) + _BLOCK)})
+        """Half of a little text: a twin has too few tokens for `keep`, which `check_source` has judged by then."""
+        return self.model_copy(update={"tokens": _LEAST_TEXT + _BLOCK, "keep": None, "coverage": 0.5})
+
+    def check_source(self, folder: Path, data: TextData) -> None:
+        """Whether the real vocabulary can be cut to `keep` tokens, and the text can tell which."""
+        from compress.models.load import load_tokenizer
+        from compress.stages.vocab.choice import least
+        from compress.stages.vocab.text import count
+        from compress.vocab.needed import needed_ids
+        from compress.vocab.rewrite import named_ids
+        from compress.vocab.tokens import Vocabulary, read_tokenizer
+
+        vocabulary, tokenizer = Vocabulary(read_tokenizer(folder)), load_tokenizer(folder)
+        counts_V = count(data, tokenizer, _BLOCK, self.tokens, config_of(folder) or {})
+        self._refuse_short_text(counts_V)
+        needed = needed_ids(vocabulary, tokenizer) | named_ids(folder, vocabulary)
+        least(vocabulary, needed, self.keep, len(counts_V))
 
     def run(self, context: StageContext) -> Metrics:
         """Choose the tokens and write the smaller model with its tokenizer and `vocabulary.json`."""
         from compress.models.load import load_model, load_tokenizer, save_model
         from compress.stages.vocab.choice import choose
-        from compress.stages.vocab.rewrite import named_ids, rewrite_folder
         from compress.stages.vocab.surgery import keep_tokens
-        from compress.stages.vocab.text import count, lengthening, template_ids
-        from compress.stages.vocab.tokens import Vocabulary, read_tokenizer
+        from compress.stages.vocab.text import count, lengthening
+        from compress.vocab.needed import needed_ids
+        from compress.vocab.rewrite import named_ids, rewrite_folder
+        from compress.vocab.tokens import Vocabulary, read_tokenizer
 
         folder = context.input.path
         parsed = read_tokenizer(folder)
         vocabulary = Vocabulary(parsed)
         tokenizer = load_tokenizer(folder)
-        needed = vocabulary.indispensable() | named_ids(folder, vocabulary) | template_ids(tokenizer)
-        needed |= vocabulary.names.keys() & set(tokenizer.all_special_ids)
+        needed = needed_ids(vocabulary, tokenizer) | named_ids(folder, vocabulary)
         counts_V = count(context.data, tokenizer, _BLOCK, self.tokens, context.input.config)
         self._refuse_short_text(counts_V)
         choice = choose(vocabulary, counts_V, needed, self.keep, self.coverage)

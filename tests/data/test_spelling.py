@@ -21,8 +21,8 @@ from tokenizers_of_kinds import TEXTS, tokenizer_of
 from compress.data.spelling import Tokens, boundaries, lengths_of, pairs, spelled_bytes
 from compress.data.text import token_ids
 from compress.errors import StageFailed
-from compress.stages.vocab.rewrite import smaller_tokenizer
-from compress.stages.vocab.tokens import Vocabulary
+from compress.vocab.rewrite import smaller_tokenizer
+from compress.vocab.tokens import Vocabulary
 
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 STRANGE = ["naïve 🦜🏽 数学\n\n\tdef f():\n    return 'ü'", "", " ", "x" * 50, "a</s>b <tool> c"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from compress.runner.record import State, load_record
 from compress.runner.run import run_pipeline
 from compress.runner.twin import write_twin
 from compress.stage import Reporter, StageContext
+from pico import make_pico
 
 Pico = Callable[[str], Path]
 
@@ -45,6 +47,44 @@ def test_a_twin_is_a_shallow_random_model_of_the_same_class(model_type: str, pic
     assert Parts(twin).shape.vocab_size == Parts(origin).shape.vocab_size
     assert not all((a == b).all() for a, b in zip(origin.parameters(), twin.parameters(), strict=True))
     assert load_tokenizer(tmp_path / "twin").get_vocab() == load_tokenizer(pico(model_type)).get_vocab()
+
+
+def large_vocabulary(folder: Path) -> Path:
+    """A pico Llama of 4000 tokens, most of which only the vocabulary has, that ends texts with the last one."""
+    make_pico("llama", folder, vocab_size=4000, eos_token_id=3999)
+    file = folder / "tokenizer.json"
+    parsed = json.loads(file.read_text())
+    vocab = parsed["model"]["vocab"]
+    vocab |= {f"word{number}": number for number in range(len(vocab), 3999)}
+    end = parsed["added_tokens"][0]
+    parsed["added_tokens"].append({**end, "id": 3999, "content": "<|last|>"})
+    file.write_text(json.dumps(parsed))
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"eos_token": "<|last|>"}))
+    return folder
+
+
+def test_a_twin_has_few_tokens_that_any_text_can_be_written_in(tmp_path: Path) -> None:
+    from compress.models.load import load_model, load_tokenizer
+
+    source = large_vocabulary(tmp_path / "source")
+    folder = write_twin(source, tmp_path / "twin")
+    config, tokenizer = load_model(folder).config, load_tokenizer(folder)
+    assert config.vocab_size == len(tokenizer) < 1200
+    assert (config.eos_token_id, config.bos_token_id) == (tokenizer.eos_token_id, tokenizer.bos_token_id)
+    assert tokenizer.convert_ids_to_tokens(config.eos_token_id) == "<|last|>"
+    text = "naïve 数学 words\n"
+    assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
+
+
+@pytest.mark.parametrize("key", ["bos_token_id", "eos_token_id", "pad_token_id"])
+def test_a_special_token_beyond_the_real_vocabulary_is_refused(key: str, pico: Pico, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(pico("llama"), source)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {key: 512}))
+    with pytest.raises(InvalidInput, match=f"says {key} 512 of a model of 512 embeddings"):
+        run(tmp_path, source)
 
 
 def test_what_fails_on_the_twin_fails_before_anything_is_computed(pico: Pico, tmp_path: Path) -> None:

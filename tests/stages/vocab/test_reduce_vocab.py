@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ from pydantic import ValidationError
 sys.path.insert(0, str(Path(__file__).parent))
 
 from exporting import export, genai_tokens
-from reducing import reduced
+from reducing import Text, reduced
 from tokenizers_of_kinds import KINDS, TEXTS, VOCAB_SIZE, make_model
 
 from compress.errors import StageFailed
@@ -24,8 +24,8 @@ from compress.models.anatomy import shape_of
 from compress.models.load import load_model, load_tokenizer
 from compress.quant.schemes import SCHEMES
 from compress.runtime.session import OnnxModel
-from compress.stages.vocab.rewrite import with_new_ids
 from compress.stages.vocab.stage import ReduceVocab
+from compress.vocab.rewrite import with_new_ids
 from pico import MODEL_TYPES, make_hybrid
 
 KEEP = 480
@@ -275,7 +275,12 @@ def test_what_can_not_be_reduced_is_refused_by_name(
     assert not any((tmp_path / "out").iterdir())
 
 
-def test_its_twin_reads_less_text_and_chooses_as_many_tokens() -> None:
+def test_its_twin_reads_little_text_and_the_real_vocabulary_is_judged_beside_it(tmp_path: Path) -> None:
     twin = ReduceVocab(keep=16_000).twin()
-    assert (twin.keep, twin.tokens) == (16_000, 16_256)
-    assert ReduceVocab(coverage=0.9).twin().tokens == 1280
+    assert (twin.keep, twin.coverage, twin.tokens) == (None, 0.5, 1280)
+    source, data = make_model("byte-level", tmp_path / "source"), cast(Any, Text())
+    ReduceVocab(keep=400).check_source(source, data)
+    with pytest.raises(StageFailed, match=r"270 tokens, and bytes.*at least"):
+        ReduceVocab(keep=270).check_source(source, data)
+    with pytest.raises(StageFailed, match="too few to choose 500"):
+        ReduceVocab(keep=500).check_source(source, cast(Any, Text(TEXTS[:1])))

@@ -20,8 +20,8 @@ from tokenizers_of_kinds import KINDS, TEXTS, sentencepiece_bpe, tokenizer_of, w
 
 from compress.errors import StageFailed
 from compress.stages.vocab.choice import Choice, choose
-from compress.stages.vocab.rewrite import smaller_tokenizer
-from compress.stages.vocab.tokens import BYTES, Vocabulary, closed
+from compress.vocab.rewrite import smaller_tokenizer
+from compress.vocab.tokens import BYTES, Vocabulary, closed
 
 OTHER_TEXT = "Zwölf Boxkämpfer jagen Viktor über den großen Sylter Deich. 数学 🦜🏽\r\n\t x³ ﬁ </s> <tool> \x00 ▁ ##s"
 

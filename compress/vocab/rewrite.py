@@ -9,8 +9,9 @@ from typing import Any
 
 from compress.artifact import write_json
 from compress.errors import StageFailed
+from compress.fetch.cache import recall
 from compress.models.folder import VOCABULARIES
-from compress.stages.vocab.tokens import TOKENIZER, Parsed, Vocabulary, pair_of
+from compress.vocab.tokens import TOKENIZER, Parsed, Vocabulary, pair_of
 
 NewIds = Mapping[int, int]
 """The new id of each token that stays, by its old one."""
@@ -30,6 +31,14 @@ def rewrite_folder(folder: Path, parsed: Parsed, new_ids: NewIds) -> None:
 
     parsed: its `tokenizer.json` as it was.
     """
+    rewrite_tokenizer(folder, parsed, new_ids)
+    for name in _CONFIGS:
+        if (folder / name).is_file():
+            write_json(folder / name, with_new_ids(json.loads((folder / name).read_text("utf-8")), new_ids))
+
+
+def rewrite_tokenizer(folder: Path, parsed: Parsed, new_ids: NewIds) -> None:
+    """As `rewrite_folder`, in the tokenizer's files alone."""
     for pattern in _SUPERSEDED:
         for file in folder.glob(pattern):
             file.unlink()
@@ -41,9 +50,6 @@ def rewrite_folder(folder: Path, parsed: Parsed, new_ids: NewIds) -> None:
         if decoder := config.get("added_tokens_decoder"):
             kept = {str(new_ids[int(id_)]): token for id_, token in decoder.items() if int(id_) in new_ids}
             write_json(file, config | {"added_tokens_decoder": kept})
-    for name in _CONFIGS:
-        if (folder / name).is_file():
-            write_json(folder / name, with_new_ids(json.loads((folder / name).read_text("utf-8")), new_ids))
 
 
 def smaller_tokenizer(parsed: Parsed, new_ids: NewIds) -> dict[str, Any]:
@@ -73,14 +79,20 @@ def named_ids(folder: Path, vocabulary: Vocabulary) -> set[int]:
     Raises StageFailed where one of them is no token of the vocabulary.
     """
     found = set()
-    for name in _CONFIGS:
-        if (folder / name).is_file():
-            for key, id_ in _special_ids(json.loads((folder / name).read_text("utf-8"))):
-                if id_ not in vocabulary.names:
-                    what = f"{name} says {key} {id_}, and {TOKENIZER} has no such token"
-                    raise StageFailed("reduce-vocab", what, "name the tokenizer that the model was trained with")
-                found.add(id_)
+    for name, key, id_ in special_ids(folder):
+        if id_ not in vocabulary.names:
+            what = f"{name} says {key} {id_}, and {TOKENIZER} has no such token"
+            raise StageFailed("reduce-vocab", what, "name the tokenizer that the model was trained with")
+        found.add(id_)
     return found
+
+
+def special_ids(folder: Path) -> Iterator[tuple[str, str, int]]:
+    """(file, key, id) of each special token that the folder's configs name."""
+    for name in _CONFIGS:
+        config = recall(folder / name)
+        if isinstance(config, Mapping):
+            yield from ((name, key, id_) for key, id_ in _special_ids(config))
 
 
 def with_new_ids(config: Mapping[str, Any], new_ids: NewIds) -> dict[str, Any]:
