@@ -54,8 +54,26 @@ def read_model(folder: Path, *, device: str | int | None = None) -> PreTrainedMo
         if misfits:
             names = ", ".join(sorted(misfits)[:3])
             raise CompressError(str(folder), f"the weights do not fit config.json: {kind} {names}", "is it complete?")
+    _check_finite(model, folder)
     loaded: PreTrainedModel = model.eval()
     return loaded
+
+
+def _check_finite(model: PreTrainedModel, folder: Path) -> None:
+    """Raise CompressError where a weight is NaN or infinite: every stage would blame something else."""
+    import torch
+
+    broken = []
+    for name, weight in model.named_parameters():
+        if not weight.is_floating_point() or weight.detach().sum().isfinite():
+            continue
+        if num := int((~torch.isfinite(weight)).sum()):  # 0 where only the sum overflows
+            broken.append((name, num))
+    if broken:
+        name, num = broken[0]
+        others = f", and there are more in {len(broken) - 1} other" if len(broken) > 1 else ""
+        what = f"{name} holds {num} NaN or infinite values{others}"
+        raise CompressError(str(folder), what, "get the weights again, or go back to an earlier checkpoint")
 
 
 def has_tokenizer(folder: Path) -> bool:
