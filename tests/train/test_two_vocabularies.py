@@ -88,7 +88,7 @@ def test_trained_on_are_the_blocks_with_most_split_tokens(models: dict[str, Path
     assert len(chosen) == 5 < len(splits) / 2
     mean = {part: np.mean([splits[ids] for ids in splits if (ids in chosen) == part]) for part in (True, False)}
     assert mean[True] > 1.2 * mean[False]
-    assert min(splits[ids] for ids in chosen) >= np.quantile([*splits.values()], 0.9)
+    assert min(splits[ids] for ids in chosen) > 0.7 * max(splits.values())
     whole_N = [tuple(ids) for ids in lesson(models, blocks_NT.size).ids_NT]
     assert whole_N == [tuple(ids) for ids in blocks_NT]
     assert lesson(models, 5 * LENGTH).shared_positions < lesson(models, blocks_NT.size).shared_positions

@@ -203,3 +203,8 @@ def test_weights_that_are_no_numbers_are_refused(models: dict[str, Path], tmp_pa
     save_file(weights, tmp_path / "nan" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CompressError, match=r"layers\.1\.mlp\.up_proj\.weight holds 1 NaN"):
         qat(tmp_path / "q", {"input": tmp_path / "nan", "teacher": models["teacher"]})
+    trained = load_model(models["input"])  # that a training left so, for the next scheme to start from
+    with torch.no_grad():
+        trained.get_parameter("model.layers.1.mlp.up_proj.weight")[0, 0] = float("nan")
+    with pytest.raises(CompressError, match=r"layers\.1\.mlp\.up_proj\.weight: has values that are NaN"):
+        quantize_model(Parts(trained), QuantizeOptions(scheme="w4-block32", method="rtn"), None)
