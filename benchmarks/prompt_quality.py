@@ -21,7 +21,7 @@ from compress.benchmarks.text import OneText
 from compress.exports.onnx import FEW
 from compress.models.load import load_tokenizer
 from compress.report.tables import Table, as_markdown
-from compress.runtime.session import OnnxModel, Past
+from compress.runtime.session import OnnxModel, call_sizes
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]
@@ -31,18 +31,7 @@ Figures = tuple[float, float, float]
 
 def read(onnx: OnnxModel, ids_T: Ints, sizes: Iterable[int]) -> Floats:
     """Logits `(T, V)` of a text that is read in calls of so many tokens."""
-    past: Past | None = None
-    start, said = 0, []
-    for size in sizes:
-        logits_1NV, past = onnx.forward(ids_T[None, start : start + size], None, past)
-        said.append(logits_1NV[0])
-        start += size
-    return np.concatenate(said)
-
-
-def calls(num_tokens: int, size: int) -> list[int]:
-    """So many tokens in calls of `size`, and the rest."""
-    return [min(size, num_tokens - start) for start in range(0, num_tokens, size)]
+    return np.concatenate([logits_1NV[0] for logits_1NV in onnx.in_calls(ids_T[None], sizes)])
 
 
 def compare(as_tokens_TV: Floats, as_prompt_TV: Floats, targets_T: Ints) -> Figures:
@@ -56,12 +45,12 @@ def judged(onnx: OnnxModel, ids_NT: Ints, num_prompt: int, chunk: int) -> tuple[
     """Of each block: all of its tokens, and those after a prompt of `num_prompt`."""
     whole, after = [], []
     num_tokens = ids_NT.shape[1] - 1  # the last is only predicted
-    written = calls(num_tokens - num_prompt, FEW)
+    written = call_sizes(num_tokens - num_prompt, FEW)
     for ids_T in ids_NT:
         given_T, targets_T = ids_T[:-1], ids_T[1:]
-        tokens_TV = read(onnx, given_T, [*calls(num_prompt, FEW), *written])
-        whole.append(compare(tokens_TV, read(onnx, given_T, calls(num_tokens, chunk)), targets_T))
-        prompt_TV = read(onnx, given_T, [*calls(num_prompt, chunk), *written])
+        tokens_TV = read(onnx, given_T, [*call_sizes(num_prompt, FEW), *written])
+        whole.append(compare(tokens_TV, read(onnx, given_T, call_sizes(num_tokens, chunk)), targets_T))
+        prompt_TV = read(onnx, given_T, [*call_sizes(num_prompt, chunk), *written])
         after.append(compare(tokens_TV[num_prompt:], prompt_TV[num_prompt:], targets_T[num_prompt:]))
     return whole, after
 

@@ -134,8 +134,11 @@ def plot(found: Mapping[str, Any], file: Path) -> None:
                 )  # fmt: skip
                 ticks.update(tokens.tolist())
         _dress(axes, kind, sorted(ticks))
-    named = figure.axes[0].get_legend_handles_labels()
-    figure.legend(*named, loc="outside lower center", ncols=min(3, len(named[1])), frameon=False, fontsize=9)
+    handles = {name: line for axes in figure.axes for line, name in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(
+        [*handles.values()], [*handles], loc="outside lower center", ncols=min(3, len(handles)), frameon=False,
+        fontsize=9,
+    )  # fmt: skip
     figure.savefig(file, dpi=130)
 
 

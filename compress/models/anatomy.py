@@ -308,18 +308,21 @@ class ModelShape:
 
 def family_of(model_type: str, where: str = "model") -> Family:
     """The family of a Hugging Face `model_type`. Raises InvalidInput, naming what is supported, for any other."""
-    for family in FAMILIES:
-        if model_type in (*family.model_types, *family.hybrids):
-            return family
+    family = _known_family(model_type)
+    if family is not None:
+        return family
     known = ", ".join(name for family in FAMILIES for name in family.model_types)
     raise InvalidInput(where, f"model_type {model_type!r} is not supported", f"supported: {known}")
 
 
 def kind_of(config: Mapping[str, Any]) -> Kind | None:
     """The kind of the family of a parsed `config.json`; None for one that is not known here."""
-    model_type = config.get("model_type")
-    known = (each for each in FAMILIES if model_type in (*each.model_types, *each.hybrids))
-    return next((each.kind for each in known), None)
+    family = _known_family(config.get("model_type"))
+    return family.kind if family else None
+
+
+def _known_family(model_type: object) -> Family | None:
+    return next((family for family in FAMILIES if model_type in (*family.model_types, *family.hybrids)), None)
 
 
 def shape_of(config: Mapping[str, Any], where: str = "model") -> ModelShape:

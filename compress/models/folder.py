@@ -59,13 +59,13 @@ def folder_problem(folder: Path, readable: Collection[str] = ()) -> tuple[str, s
     method = quantization.get("quant_method", "an unknown method") if quantization else None
     if method not in (None, *readable):
         return f"is quantised already ({method})", "name the model that it was made from"
+    kind = kind_of(config)
     try:
         model_files(folder, CONTENT + CARDS)
-        if kind_of(config) == "encoder" and named_head(architecture_of(config)) is BACKBONE:
+        if kind == "encoder" and named_head(architecture_of(config)) is BACKBONE:
             read_pooling(folder)
     except CompressError as error:
         return error.problem.what, error.problem.fix
-    kind = kind_of(config)
     return misfit(config, kind, tensor_names(folder)) if kind else None
 
 

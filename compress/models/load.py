@@ -146,8 +146,7 @@ def auto_class(config: Mapping[str, Any]) -> Any:
 
 
 def left_out(config: Mapping[str, Any], names: Collection[str]) -> dict[str, bool]:
-    """Options of the class of a parsed `config.json` where weights of these names lack a part that it can do without.
-    """
+    """Options of the class of a parsed `config.json`: weights of these `names` lack a part that it can do without."""
     return {"add_pooling_layer": False} if lacks_pooler(config, names) else {}
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,11 @@ class Past(list[NDArray[Any]]):
     def __init__(self, values: Iterable[NDArray[Any]], length: int) -> None:
         super().__init__(values)
         self.length = length
+
+
+def call_sizes(num_tokens: int, size: int) -> list[int]:
+    """So many tokens in calls of `size`, and the rest."""
+    return [min(size, num_tokens - start) for start in range(0, num_tokens, size)]
 
 
 class OnnxModel:
@@ -120,6 +125,15 @@ class OnnxModel:
             feeds[LOGITS_TO_KEEP] = np.array(num_logits, np.int64)
         outputs = self.run(feeds)
         return outputs["logits"], Past((outputs[slot.present] for slot in self.cache), past.length + num_new)
+
+    def in_calls(self, input_ids: Ints, sizes: Iterable[int]) -> Iterator[Floats]:
+        """A decoder's logits `(B, size, V)` of each of the calls in which `input_ids` `(B, T)` is read."""
+        past: Past | None = None
+        start = 0
+        for size in sizes:
+            logits, past = self.forward(input_ids[:, start : start + size], None, past)
+            yield logits
+            start += size
 
     def encode(
         self, input_ids: Ints, attention_mask: Ints | None = None, token_type_ids: Ints | None = None

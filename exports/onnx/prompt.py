@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -27,7 +28,7 @@ from compress.quant.options import QuantizeOptions
 from compress.quant.qtensor import QTensor
 from compress.quant.rounding import quantize
 from compress.quant.targets import WeightTarget, layer_targets
-from compress.runtime.session import OnnxModel, Past
+from compress.runtime.session import OnnxModel, call_sizes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -114,10 +115,6 @@ def prompt_loss(folder: Path, ids_BT: Ints, threads: int) -> dict[str, float]:
 
 def _after(onnx: OnnxModel, ids_1T: Ints, half: int, chunk: int) -> NDArray[np.float64]:
     """Log-probabilities `(T - half, V)` at the tokens behind a prompt of `half`, which is read in calls of `chunk`."""
-    starts = [*range(0, half, chunk), *range(half, ids_1T.shape[1], FEW)]
-    past: Past | None = None
-    said = []
-    for start, stop in zip(starts, [*starts[1:], ids_1T.shape[1]], strict=True):
-        logits_1NV, past = onnx.forward(ids_1T[:, start:stop], None, past)
-        said.append(logits_1NV[0] if start >= half else logits_1NV[0, :0])
-    return log_softmax(np.concatenate(said))
+    prompt = call_sizes(half, chunk)
+    said = onnx.in_calls(ids_1T, [*prompt, *call_sizes(ids_1T.shape[1] - half, FEW)])
+    return log_softmax(np.concatenate([logits_1NV[0] for logits_1NV in islice(said, len(prompt), None)]))

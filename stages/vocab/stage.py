@@ -87,7 +87,7 @@ class ReduceVocab(Stage):
         return self.model_copy(update={"tokens": _LEAST_TEXT + _BLOCK, "keep": None, "coverage": 0.5})
 
     def check_source(self, folder: Path, data: TextData) -> None:
-        """Whether the real vocabulary can be cut to `keep` tokens, and the text can tell which."""
+        """Whether the real vocabulary can be cut to `keep` tokens, and as much text as has to be there can tell which."""
         from compress.models.load import load_tokenizer
         from compress.stages.vocab.choice import least
         from compress.stages.vocab.text import count
@@ -96,7 +96,8 @@ class ReduceVocab(Stage):
         from compress.vocab.tokens import Vocabulary, read_tokenizer
 
         vocabulary, tokenizer = Vocabulary(read_tokenizer(folder)), load_tokenizer(folder)
-        counts_V = count(data, tokenizer, _BLOCK, self.tokens, config_of(folder) or {})
+        enough = min(self.tokens, self._least_text + _BLOCK)
+        counts_V = count(data, tokenizer, _BLOCK, enough, config_of(folder) or {})
         self._refuse_short_text(counts_V)
         needed = needed_ids(vocabulary, tokenizer) | named_ids(folder, vocabulary)
         least(vocabulary, needed, self.keep, len(counts_V))
@@ -132,8 +133,13 @@ class ReduceVocab(Stage):
         _write_record(context, choice, figures)
         return {"result": {"parameters": sum(parameter.numel() for parameter in model.parameters()), **figures}}
 
+    @property
+    def _least_text(self) -> int:
+        """Tokens of text from which can be chosen."""
+        return max(self.keep or 0, _LEAST_TEXT)
+
     def _refuse_short_text(self, counts_V: Counts) -> None:
-        total, least = int(counts_V.sum()), max(self.keep or 0, _LEAST_TEXT)
+        total, least = int(counts_V.sum()), self._least_text
         if total < least:
             what = f"{total} tokens (in blocks of {_BLOCK}) are too few to choose {self.keep or 'tokens'} from by use"
             raise StageFailed("data.train", what, f"name more text: at least {least} tokens")

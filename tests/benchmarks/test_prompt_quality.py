@@ -10,20 +10,20 @@ import numpy as np
 import pytest
 from exporting import export, quantised
 
-from compress.benchmarks.prompt_quality import calls, judged, main, row
+from compress.benchmarks.prompt_quality import judged, main, row
 from compress.data.config import DataConfig
 from compress.data.text import TextData
 from compress.quant.schemes import SCHEMES
-from compress.runtime.session import OnnxModel
+from compress.runtime.session import OnnxModel, call_sizes
 
 TEXT: Any = TextData(DataConfig())
 IDS_NT = np.random.default_rng(0).integers(20, 200, (3, 41))
 
 
 def test_calls_are_of_that_size_and_the_rest() -> None:
-    assert calls(20, 8) == [8, 8, 4]
-    assert calls(16, 8) == [8, 8]
-    assert calls(0, 8) == []
+    assert call_sizes(20, 8) == [8, 8, 4]
+    assert call_sizes(16, 8) == [8, 8]
+    assert call_sizes(0, 8) == []
 
 
 def test_only_what_is_read_as_a_prompt_differs(
