@@ -39,7 +39,7 @@ class ExportOnnx(Stage):
     """
 
     name: ClassVar[str] = "export-onnx"
-    version: ClassVar[int] = 5
+    version: ClassVar[int] = 6
     summary: ClassVar[str] = "Write a folder that ONNX Runtime and onnxruntime-genai run, checked against torch"
     accepts: ClassVar[frozenset[Format]] = frozenset({"torch", "quantized"})
     returns: ClassVar[Format] = "onnx"

@@ -87,7 +87,7 @@ class ReduceVocab(Stage):
         return self.model_copy(update={"tokens": _LEAST_TEXT + _BLOCK, "keep": None, "coverage": 0.5})
 
     def check_source(self, folder: Path, data: TextData) -> None:
-        """Whether the real vocabulary can be cut to `keep` tokens, and as much text as has to be there can tell which."""
+        """Whether the real vocabulary can be cut to `keep` tokens, and there is as much text as has to be."""
         from compress.models.load import load_tokenizer
         from compress.stages.vocab.choice import least
         from compress.stages.vocab.text import count
