@@ -199,6 +199,12 @@ class Stage(BaseModel, ABC):
         """What is wrong with these options for what `previous` makes: it is this stage's input."""
         yield from ()
 
+    def measure_first(self, log: logging.Logger) -> None:
+        """Measure what null stands for on this machine, where the shape of what comes out depends on it.
+
+        Called before a plan is made; what it finds is kept in the user's cache. `check` measures nothing.
+        """
+
     def shape(self, model: ModelShape) -> ModelShape:
         """The shape of the model that comes out."""
         return model

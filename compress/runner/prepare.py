@@ -98,6 +98,8 @@ def prepare(pipeline: Pipeline, run_dir: Path, reporter: Reporter) -> Prepared:
         source.fetch(reporter)
         config = source.config() or {}
     shape = shape_of(config)
+    for entry in pipeline.stages:
+        entry.stage.measure_first(reporter.log)
     graph = resolve(pipeline, shape)
     data = TextData(pipeline.data)
     others = {id: parse_source(other.text, id, readable=other.readable) for id, other in graph.models.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
@@ -12,6 +13,7 @@ from compress.artifact import Format, Metrics, write_json
 from compress.errors import Problem, StageFailed
 from compress.models.anatomy import ModelShape
 from compress.options import counted
+from compress.runtime.width_step import known_step, measured_step
 from compress.stage import Given, Stage, StageContext
 from compress.stages.prune import widths
 from compress.stages.prune.widths import Kind, Widths
@@ -25,7 +27,6 @@ if TYPE_CHECKING:
 By = Literal["activation", "taylor", "magnitude", "random"]
 Number = Annotated[int, Field(strict=True, ge=1)]
 Share = Annotated[float, Field(strict=True, gt=0, le=1)]
-STEP = 32
 
 
 class PruneGroups(Stage):
@@ -64,9 +65,11 @@ class PruneGroups(Stage):
         description="uniform: one width for all layers; global: the same in total, each layer as wide as its scores "
         "say, which loads through our own class",
     )
-    multiple_of: int = Field(
-        STEP, ge=1, description="shares of intermediate and hidden are rounded to a multiple of it, where that fits"
-    )
+    multiple_of: int | None = Field(
+        None, ge=1,
+        description="shares of intermediate and hidden are rounded to a multiple of it, where that fits; null: the "
+        "step at which matrix products get faster on this machine, measured once and kept in the cache",
+    )  # fmt: skip
     tokens: int = Field(32_768, ge=1, description="training tokens to score on")
     sequence_length: int = Field(256, ge=2, description="tokens of each text block that is scored on")
 
@@ -89,15 +92,16 @@ class PruneGroups(Stage):
     def settled(self, given: Given) -> Mapping[str, Any]:
         """What shares of this model come to; of a budget, the budget."""
         text: dict[str, Any] = {} if self._scores else {"tokens": None, "sequence_length": None}
+        step = {"multiple_of": self._step}
         if self.keep is None:
-            return counted(self, {**text, "cut": sorted(self.cut or ())})
-        told: dict[str, Any] = {} if self.allocate == "global" else {"multiple_of": None}
+            return counted(self, {**text, **step, "cut": sorted(self.cut or ())})
+        told = step if self.allocate == "global" else {"multiple_of": None}
         return counted(self, {**text, **told, "keep": dict(sorted(self._numbers(given.shape).items()))})
 
     def check(self, model: ModelShape) -> Iterator[Problem]:
         """Whether the model can have these widths, and takes text blocks of this length."""
         if self.keep is not None:
-            yield from widths.problems(self.keep, model, self.multiple_of, "multiple_of" in self.model_fields_set)
+            yield from widths.problems(self.keep, model, self._step, self.multiple_of is not None)
         else:
             yield from self._budget_problems(model)
         if self.by == "taylor" and model.family.kind == "encoder":
@@ -108,6 +112,12 @@ class PruneGroups(Stage):
         if self._scores and self.tokens < self.sequence_length:
             what = f"{self.tokens} tokens do not fill one block of sequence_length {self.sequence_length}"
             yield Problem("tokens", what, f"at least {self.sequence_length}")
+
+    def measure_first(self, log: logging.Logger) -> None:
+        """The step of a width, where `multiple_of` leaves that to the machine and a number is rounded to it."""
+        rounds = self.keep is None or self.allocate == "global" or any(isinstance(n, float) for n in self.keep.values())
+        if self.multiple_of is None and rounds:
+            log.info("%s: on this machine widths get faster in steps of %d", self.name, measured_step())
 
     def shape(self, model: ModelShape) -> ModelShape:
         """The same model with its new widths; with allocate: global, as if all layers had the same."""
@@ -157,13 +167,17 @@ class PruneGroups(Stage):
         """Whether what is seen on text decides."""
         return self.by in ("activation", "taylor")
 
+    @property
+    def _step(self) -> int:
+        return self.multiple_of or known_step()
+
     def _uniform(self, model: ModelShape, kept: Mapping[Kind, int]) -> list[Widths]:
         return [widths.layer_widths(kept, model, layer) for layer in range(model.num_hidden_layers)]
 
     def _numbers(self, model: ModelShape) -> dict[Kind, int]:
         """What stays of each kind; of a budget what the estimate of `ModelShape` says."""
         if self.keep is not None:
-            return widths.counts(self.keep, model, self.multiple_of)
+            return widths.counts(self.keep, model, self._step)
         return self._within(model, partial(self._estimated, model))[0]
 
     def _estimated(self, model: ModelShape, kept: Mapping[Kind, int]) -> int:
@@ -172,7 +186,7 @@ class PruneGroups(Stage):
     def _within(self, model: ModelShape, cost: widths.Cost) -> tuple[dict[Kind, int], float]:
         """The widest numbers whose `cost` in parameters is within the budget, and that cost."""
         assert self.cut is not None
-        return widths.within(self.cut, model, self.multiple_of, self._budget(cost({})), cost)
+        return widths.within(self.cut, model, self._step, self._budget(cost({})), cost)
 
     def _budget(self, total: int) -> float:
         """The parameters that the budget admits, of a model of `total`."""
@@ -185,7 +199,7 @@ class PruneGroups(Stage):
         """A budget that nothing meets, by the estimate of the parameters."""
         assert self.cut is not None
         where = "params" if self.params is not None else "size_mb"
-        yield from widths.problems(dict.fromkeys(self.cut, 1.0), model, self.multiple_of, False)
+        yield from widths.problems(dict.fromkeys(self.cut, 1.0), model, self._step, False)
         cost = partial(self._estimated, model)
         (kept, found), budget = self._within(model, cost), self._budget(cost({}))
         if found > budget:
@@ -209,7 +223,7 @@ class PruneGroups(Stage):
             if found > self._budget(cost({})):
                 raise StageFailed(self.name, "no widths meet the budget", f"the closest has {found:.0f} parameters")
         if self.allocate == "global":
-            return allocated(importance, shape, kept, self.multiple_of)
+            return allocated(importance, shape, kept, self._step)
         return self._uniform(shape, kept)
 
     def _importance(self, parts: Parts, placed: Mapping[str, Place], context: StageContext) -> Importance:
