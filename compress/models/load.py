@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from compress.models.heads import BACKBONE, architecture_of, lacks_pooler, named
 from compress.models.pretrained import read_folder
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -54,17 +55,17 @@ def read_model(folder: Path, *, device: str | int | None = None) -> PreTrainedMo
         if misfits:
             names = ", ".join(sorted(misfits)[:3])
             raise CompressError(str(folder), f"the weights do not fit config.json: {kind} {names}", "is it complete?")
-    _check_finite(model, folder)
+    check_finite(model.named_parameters(), folder)
     loaded: PreTrainedModel = model.eval()
     return loaded
 
 
-def _check_finite(model: PreTrainedModel, folder: Path) -> None:
+def check_finite(weights: Iterable[tuple[str, Tensor]], folder: Path) -> None:
     """Raise CompressError where a weight is NaN or infinite: every stage would blame something else."""
     import torch
 
     broken = []
-    for name, weight in model.named_parameters():
+    for name, weight in weights:
         if not weight.is_floating_point() or weight.detach().sum().isfinite():
             continue
         if num := int((~torch.isfinite(weight)).sum()):  # 0 where only the sum overflows

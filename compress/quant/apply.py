@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from compress.errors import CompressError
+from compress.models.by_layers import Shelf
 from compress.models.parts import Parts
 from compress.quant.calibrate import LayerWalk, Moments, Range, RoundingErrors
 from compress.quant.modules import set_weight, weight_of
 from compress.quant.options import QuantizeOptions
-from compress.quant.qtensor import QTensor
+from compress.quant.qtensor import ROWS, QTensor
 from compress.quant.quantized import Quantized
 from compress.quant.ranges import InputRanges
 from compress.quant.rounding import quantize
@@ -33,7 +34,7 @@ _FACTOR = "factor."
 
 def quantize_model(
     parts: Parts, options: QuantizeOptions, ids_BT: Tensor | None = None, advance: Callable[[], None] = lambda: None,
-    *, keep_latents: bool = False, units: Units = UNKEPT,
+    *, keep_latents: bool = False, units: Units = UNKEPT, shelf: Shelf | None = None,
 ) -> Quantized:  # fmt: skip
     """Quantise every target of `parts.model`, which is left with the weights that the codes stand for.
 
@@ -48,8 +49,11 @@ def quantize_model(
         raise CompressError("quantize", f"{options.scheme} by these options is fitted on text", "give it text")
     walk = LayerWalk(parts, ids_BT) if ids_BT is not None and options.needs_text else None
     work = _Work(parts, options, walk, keep_latents, units.made_of(options.model_dump(mode="json")))
+    shelf = shelf or Shelf(parts.model, {})
     for index in range(len(parts.layers)):
-        work.layer(index)
+        targets = list(layer_targets(parts, index, options.choice))
+        with shelf.held(parts.layer_path(index), [target.name for target in targets]):
+            work.layer(index, targets)
         advance()
     work.tables()
     return work.result
@@ -65,9 +69,9 @@ class _Work:
         self.factors: dict[str, Tensor] = {}  # folded into the layer at hand
         self.result = Quantized(unscaled=unfolded(parts) if options.scaling != "none" else [])
 
-    def layer(self, index: int) -> None:
+    def layer(self, index: int, targets: Sequence[WeightTarget]) -> None:
         """Quantise the projections of the next layer, or put them back."""
-        targets, name = list(layer_targets(self.parts, index, self.options.choice)), f"layer {index}"
+        name = f"layer {index}"
         if (unit := self.units.find(name)) is None:
             self.factors = {}
             self._layer(index, targets)
@@ -167,7 +171,7 @@ class _Work:
         for target, weight_NK in zip(targets, weights, strict=True):
             if not weight_NK.isfinite().all():
                 raise CompressError(target.name, "has values that are NaN or infinite", "fetch or train it again")
-        whole = self._codes(torch.cat(weights), scheme, moment_KK)
+        whole = self._codes(torch.cat(weights) if len(weights) > 1 else weights[0], scheme, moment_KK)
         parts = whole.split([len(weight_NK) for weight_NK in weights])
         if scheme.static and input_range is not None:  # clones: each is stored on its own
             scale, zero_point = input_range
@@ -183,7 +187,7 @@ class _Work:
     def _codes(self, weight_NK: Tensor, scheme: Scheme, moment_KK: Tensor | None) -> QTensor:
         """Codes and scales by the method; without a moment of the inputs (K, K), those of the weights' least error."""
         if self.options.method == "rtn":
-            return quantize(weight_NK, scheme)
+            return QTensor.joined([quantize(rows, scheme) for rows in torch.split(weight_NK, ROWS)])
         if moment_KK is None:
             return search_scales(weight_NK, scheme)
         if self.options.method == "search":

@@ -15,6 +15,10 @@ PARTS = ("codes", "scales", "zero_points", "input_scale", "input_zero_point")
 """What `pack` may give."""
 
 
+ROWS = 8192
+"""Rows at a time: they do not touch each other, and a vocabulary of them would not fit in memory several times."""
+
+
 @dataclass(frozen=True, eq=False)
 class QTensor:
     """A weight (N, K) = (output, input) channels. codes (N, K): uint8, or int8 where the scheme is not block-wise.
@@ -55,9 +59,13 @@ class QTensor:
 
     def dequantize(self) -> Tensor:
         """(code − zero_point)·scale as float32 (N, K)."""
-        zero = self.scheme.midpoint if self.zero_point is None else self.zero_point.float()[..., None]
-        blocks = (to_blocks(self.codes.float(), self.scheme) - zero) * self.scale[..., None]
-        return blocks.flatten(1)[:, : self.shape[1]]
+        weight_NK = torch.empty(self.shape)
+        sizes = [len(rows) for rows in torch.split(self.codes, ROWS)]
+        for rows, part in zip(torch.split(weight_NK, ROWS), self.split(sizes), strict=True):
+            zero = part.scheme.midpoint if part.zero_point is None else part.zero_point.float()[..., None]
+            blocks = (to_blocks(part.codes.float(), part.scheme) - zero) * part.scale[..., None]
+            rows.copy_(blocks.flatten(1)[:, : self.shape[1]])
+        return weight_NK
 
     def split(self, rows: Sequence[int]) -> list[QTensor]:
         """Cut into tensors of so many rows (output channels) each."""
@@ -65,6 +73,15 @@ class QTensor:
         zeros = [None] * len(rows) if self.zero_point is None else torch.split(self.zero_point, sizes)
         cut = zip(torch.split(self.codes, sizes), torch.split(self.scale, sizes), zeros, strict=True)
         return [replace(self, codes=codes, scale=scale, zero_point=zero_point) for codes, scale, zero_point in cut]
+
+    @classmethod
+    def joined(cls, parts: Sequence[QTensor]) -> QTensor:
+        """The inverse of `split`."""
+        codes_NK, scale_NG = torch.cat([part.codes for part in parts]), torch.cat([part.scale for part in parts])
+        zero_points = [part.zero_point for part in parts if part.zero_point is not None]
+        return replace(
+            parts[0], codes=codes_NK, scale=scale_NG, zero_point=torch.cat(zero_points) if zero_points else None
+        )
 
     def pack(self) -> dict[str, Tensor]:
         """The tensors to store, as the operators want them: `codes`, `scales` and what there is of the other PARTS.

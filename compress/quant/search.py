@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from compress.quant.grid import search_grid
-from compress.quant.qtensor import QTensor
+from compress.quant.qtensor import ROWS, QTensor
 from compress.quant.rounding import quantize
 from compress.quant.schemes import Scheme
 
@@ -20,13 +20,12 @@ exactly, and GPTQ fits to what they tell. Measured: benchmarks/results/int4-sear
 DAMPING = 1e-3
 LAZY = 128
 """Columns whose errors reach the columns far behind in one product (a multiple of every block size)."""
-ROWS = 8192
-"""Rows at a time: they do not touch each other, and a vocabulary of them would not fit in memory several times."""
 
 
 def search_scales(weight_NK: Tensor, scheme: Scheme, importance_K: Tensor | None = None) -> QTensor:
     """The codes nearest to the weights on the grid that `search_grid` finds for the same importance."""
-    return quantize(weight_NK, scheme, *search_grid(weight_NK, scheme, importance_K))
+    rows = torch.split(weight_NK, ROWS)
+    return QTensor.joined([quantize(each, scheme, *search_grid(each, scheme, importance_K)) for each in rows])
 
 
 def output_error(weight_NK: Tensor, rounded_NK: Tensor, moment_KK: Tensor | None) -> float:
@@ -34,8 +33,10 @@ def output_error(weight_NK: Tensor, rounded_NK: Tensor, moment_KK: Tensor | None
 
     Without a moment, the weight's own: H = 1. 0 where there is no output, and none after rounding.
     """
-    energy = _energy(weight_NK, moment_KK).clamp(min=torch.finfo(torch.float32).tiny)
-    return (_energy(weight_NK - rounded_NK, moment_KK) / energy).item()
+    rows = list(zip(torch.split(weight_NK, ROWS), torch.split(rounded_NK, ROWS), strict=True))
+    energy = torch.stack([_energy(whole, moment_KK) for whole, _ in rows]).sum()
+    error = torch.stack([_energy(whole - rounded, moment_KK) for whole, rounded in rows]).sum()
+    return (error / energy.clamp(min=torch.finfo(torch.float32).tiny)).item()
 
 
 def gptq(
@@ -55,9 +56,7 @@ def gptq(
     upper_KK = _inverse_factor(moment_KK[order_K][:, order_K], shrinkage)
     rows = torch.split(weight_NK, ROWS)
     parts = [_Rows(rows_NK, scheme, upper_KK, order_K, act_order).quantise() for rows_NK in rows]
-    zero_points = [part.zero_point for part in parts if part.zero_point is not None]
-    codes_NK, scale_NG = torch.cat([part.codes for part in parts]), torch.cat([part.scale for part in parts])
-    return QTensor(codes_NK, scale_NG, torch.cat(zero_points) if zero_points else None, scheme)
+    return QTensor.joined(parts)
 
 
 class _Rows:
@@ -116,7 +115,7 @@ def _energy(weight_NK: Tensor, moment_KK: Tensor | None) -> Tensor:
     """tr(W H Wᵀ)."""
     if moment_KK is None:
         return weight_NK.square().sum()
-    return torch.stack([((rows_RK @ moment_KK) * rows_RK).sum() for rows_RK in torch.split(weight_NK, ROWS)]).sum()
+    return ((weight_NK @ moment_KK) * weight_NK).sum()
 
 
 def _inverse_factor(moment_KK: Tensor, shrinkage: float) -> Tensor:

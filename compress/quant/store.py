@@ -51,14 +51,14 @@ def save_quantized(
 
     stored: dict[str, Tensor] = {}
     seen: set[int] = set()
-    for name, tensor in model.state_dict().items():
-        if tensor.data_ptr() in seen:  # tied
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) in seen:  # tied
             continue
-        seen.add(tensor.data_ptr())
+        seen.add(id(tensor))
         if name in tensors:
             stored |= {f"{name}.{part}": value for part, value in tensors[name].pack().items()}
         else:
-            stored[name] = tensor.contiguous()
+            stored[name] = tensor.detach().contiguous()
     _refuse_nan(stored, out)
     save_file(stored, out / WEIGHTS, metadata={"format": "pt"})
     config = json.loads((origin / "config.json").read_text("utf-8"))

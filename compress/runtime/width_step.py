@@ -114,14 +114,15 @@ def _product(operator: str, rows: int, columns: int) -> onnx.ModelProto:
 
     blocks = -(-rows // UNMEASURED)
     scales = np.full(columns, 0.01, np.float32)
-    weights, options = {
+    operators: dict[str, tuple[list[NDArray[Any]], dict[str, Any]]] = {
         "MatMul": ([np.full((rows, columns), 0.01, np.float32)], {}),
         "DynamicQuantizeMatMul": ([np.full((rows, columns), 3, np.int8), scales], {}),
         "MatMulNBits": (
             [np.full((columns, blocks, UNMEASURED // 2), 0x79, np.uint8), np.repeat(scales, blocks)],
             {"K": rows, "N": columns, "bits": 4, "block_size": UNMEASURED, "accuracy_level": 4},
         ),
-    }[operator]
+    }
+    weights, options = operators[operator]
     domain = "" if operator == "MatMul" else "com.microsoft"
     names = [f"weight{number}" for number in range(len(weights))]
     node = helper.make_node(operator, ["x", *names], ["y"], domain=domain, **options)

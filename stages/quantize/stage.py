@@ -81,19 +81,19 @@ class Quantize(QuantizeOptions, Stage):
         """Fit codes and scales, and write them with `errors.json` and `errors.png`; bitsandbytes' come alone."""
         if self.scheme in bnb.BITS:
             return bnb.quantize_folder(context.input.path, bnb.BITS[self.scheme], context.out)
-        from compress.models.load import load_model
+        from compress.models.by_layers import load_by_layers
         from compress.models.parts import Parts
         from compress.quant.apply import quantize_model
         from compress.quant.store import save_quantized
         from compress.stages.quantize.plot import plot_errors
         from compress.units import Units
 
-        model = load_model(context.input.path)
+        model, shelf = load_by_layers(context.input.path)
         parts = Parts(model)
         ids_BT = self._text(context)
         units = Units("quantize", context.work / "layers", log=context.reporter.log)
         with context.reporter.progress("fitting layers", len(parts.layers)) as advance:
-            found = quantize_model(parts, self, ids_BT, advance, units=units)
+            found = quantize_model(parts, self, ids_BT, advance, units=units, shelf=shelf)
         save_quantized(model, found.tensors, self.base, context.input.path, context.out)
         write_json(context.out / "errors.json", {
             "options": self.model_dump(mode="json"), "errors": found.errors, "rounding": found.rounding,
