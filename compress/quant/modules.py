@@ -85,5 +85,14 @@ def set_weight(module: nn.Module, weight_NK: Tensor) -> None:
     """Overwrite a module's weight by (N, K) values: the inverse of `weight_of`."""
     from transformers.pytorch_utils import Conv1D
 
+    own, values = cast(Any, module).weight, weight_NK.T if isinstance(module, Conv1D) else weight_NK
     with torch.no_grad():
-        cast(Any, module).weight.copy_(weight_NK.T if isinstance(module, Conv1D) else weight_NK)
+        if own.shape != values.shape:  # of one that was let go
+            own.data = own.new_empty(values.shape)
+        own.copy_(values)
+
+
+def let_go_of_weight(module: nn.Module) -> None:
+    """Free the memory of a module's weight, also where another module has it, until `set_weight` gives it another."""
+    weight = cast(Any, module).weight
+    weight.data = weight.new_empty(0)

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from compress.errors import StageFailed
 from compress.quant.fake import fake_quant, inside_cells, straight_through, whole_codes
-from compress.quant.modules import exchange, output_head, set_weight
+from compress.quant.modules import exchange, let_go_of_weight, output_head, set_weight
 from compress.quant.qtensor import QTensor
 from compress.quant.rounding import quantize, round_activations
 from compress.quant.schemes import Scheme
@@ -134,7 +134,7 @@ class FakeQuantEmbedding(FakeQuantised):
 
 
 class FakeQuantisation:
-    """Puts fake-quantised modules in place of a model's own, until `remove`.
+    """Puts fake-quantised modules in place of a model's own, which have no weights meanwhile, until `remove`.
 
     tensors: the codes and scales to start from, by weight name. weights: float weights (N, K) by the same names.
     A head that is tied to a quantised embedding trains the embedding's weight, scales and zero points.
@@ -158,6 +158,8 @@ class FakeQuantisation:
                 self._put(head[0], FakeQuantLinear(trained, cast(Any, head[1]).bias, accuracy_level))
             self._put(path, FakeQuantEmbedding(trained))
         self._names = list(tensors)
+        for own in self._own.values():
+            let_go_of_weight(own)
 
     def rates(self, share: float) -> dict[str, float]:
         """The learning rates of scales and zero points by their names in the model: see FakeQuantised.rates."""

@@ -16,12 +16,30 @@ if TYPE_CHECKING:
 Options = TypeVar("Options", bound=TrainingOptions)
 
 
-def load_teacher(folder: Path, bits: int | None = None) -> PreTrainedModel:
-    """The model in `folder` as it is stored, or its matrices in 4 (NF4) or 8 bits through bitsandbytes."""
+def load_teacher(folder: Path, bits: int | None = None, *, bf16: bool = False) -> PreTrainedModel:
+    """The model in `folder` as it is stored, or its matrices in 4 (NF4) or 8 bits through bitsandbytes.
+
+    bf16: it is only asked where matrix products are in bfloat16, so its matrices are kept in that: half the memory, and
+    to the bit what casting them for every product gives.
+    """
     from compress.quant.bnb import device, load_in_bits
     from compress.quant.load import load_any
 
-    return load_any(folder, device=device()) if bits is None else load_in_bits(folder, bits)
+    teacher = load_any(folder, device=device()) if bits is None else load_in_bits(folder, bits)
+    if bf16 and bits is None:
+        _matrices_in_bf16(teacher)
+    return teacher
+
+
+def _matrices_in_bf16(model: PreTrainedModel) -> None:
+    """A head that is tied to the embedding stays: what is looked up is not cast."""
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear | Conv1D) and id(module.weight) not in tables:
+            module.to(torch.bfloat16)
 
 
 def check_same_vocabulary(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:

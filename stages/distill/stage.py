@@ -91,10 +91,13 @@ def train_student(job: Job, reporter: Reporter) -> tuple[PreTrainedModel, Outcom
     from compress.models.load import load_model
     from compress.models.parts import Parts
     from compress.train.engine import recover
+    from compress.train.precision import uses_bf16
     from compress.train.teacher import answering_layers, fitting_loss, load_teacher
 
     student = load_model(job.student)
-    teacher = load_teacher(job.teacher, job.options.teacher_bits) if job.teacher else None
+    teacher = None
+    if job.teacher:
+        teacher = load_teacher(job.teacher, job.options.teacher_bits, bf16=uses_bf16(job.options.precision))
     options = fitting_loss(job.options, has_logits=bool(Parts(student).prefix))
     layers = answering_layers(student, teacher)
     outcome = recover(student, teacher, job.train_NT, job.eval_NT, options, layers, job.work, job.seed, reporter)

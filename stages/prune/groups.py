@@ -37,7 +37,7 @@ class PruneGroups(Stage):
     """
 
     name: ClassVar[str] = "prune-groups"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     summary: ClassVar[str] = "cut heads, neurons and channels that the model needs least"
     accepts: ClassVar[frozenset[Format]] = frozenset({"torch"})
     returns: ClassVar[Format] = "torch"

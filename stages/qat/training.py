@@ -25,6 +25,7 @@ from compress.stage import Reporter, StageContext
 from compress.stages.qat.stage import Qat
 from compress.train.distributed import agreed
 from compress.train.engine import Ids, Outcome, recover
+from compress.train.precision import uses_bf16
 from compress.train.teacher import answering_layers, fitting_loss, load_teacher
 from compress.train.trainer import Sequences
 from compress.units import Units
@@ -81,7 +82,9 @@ def prepare(options: Qat, context: StageContext) -> Job:
 def train(job: Job, reporter: Reporter) -> Result:
     """Train through every scheme in turn. Raises StageFailed where a training diverges."""
     model = load_model(job.input)
-    teacher = load_teacher(job.teacher, job.options.teacher_bits) if job.teacher else None
+    teacher = None
+    if job.teacher:
+        teacher = load_teacher(job.teacher, job.options.teacher_bits, bf16=uses_bf16(job.options.precision))
     layers = answering_layers(model, teacher)
     has_logits = bool(Parts(model).prefix)
     outcomes: dict[Path, Outcome] = {}

@@ -126,6 +126,23 @@ def test_a_tied_head_trains_the_embeddings_table_once(pico: Pico) -> None:
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "bert"])
+def test_what_is_replaced_takes_no_memory_meanwhile(model_type: str, pico: Pico) -> None:
+    model = load_model(pico(model_type))
+    modules = dict(model.named_modules()).items()
+    own = {name: module for name, module in modules if isinstance(getattr(module, "weight", None), Tensor)}
+    found = quantize_model(Parts(model), QuantizeOptions(method="rtn"), keep_latents=True)
+    rounded = {name: module.weight.detach().clone() for name, module in own.items()}
+    fakes = FakeQuantisation(model, found.tensors, found.latents, "both")
+    for name in found.tensors:
+        assert own[name.removesuffix(".weight")].weight.numel() == 0, name
+    fakes.remove()
+    for name, module in own.items():
+        assert module is model.get_submodule(name)
+        assert module.weight.shape == rounded[name].shape
+        assert torch.allclose(module.weight, rounded[name], atol=1e-6), name
+
+
 def test_hybrids_too(tmp_path: Path) -> None:
     folder = make_hybrid("llama", tmp_path / "hybrid", ("mamba2", None))
     model, _, fakes = faked(folder, method="gptq", tokens=64, sequence_length=32)

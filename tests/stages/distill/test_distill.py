@@ -149,6 +149,22 @@ def test_a_quantised_teacher_says_almost_the_same(tmp_path, bits, tolerance):
     assert metrics["result"]["kl_to_teacher"] < metrics["input"]["kl_to_teacher"]
 
 
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "gpt2", "bert"])
+def test_a_teacher_of_bf16_products_says_the_same_to_the_bit(model_type, pico):
+    ids = torch.arange(1, 65).reshape(2, 32)
+    whole, half = (load_teacher(pico(model_type), bf16=bf16) for bf16 in (False, True))
+    sizes = [sum(weight.nbytes for weight in model.parameters()) for model in (whole, half)]
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        said = [model(ids)[0] for model in (whole, half)]
+    assert torch.equal(*said)
+    assert sizes[1] < 0.8 * sizes[0]
+
+
+def test_distillation_in_bf16(models, tmp_path):
+    metrics = distil(tmp_path, models, precision="bf16")
+    assert metrics["result"]["kl_to_teacher"] < metrics["input"]["kl_to_teacher"]
+
+
 def test_another_model_as_the_teacher(models, tmp_path):
     metrics = distil(tmp_path, models, teacher_model=str(models["teacher"]))
     assert metrics["result"]["kl_to_teacher"] < metrics["input"]["kl_to_teacher"]
