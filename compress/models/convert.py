@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from compress.errors import InvalidInput
@@ -17,6 +17,7 @@ from compress.mixers.noncausal import NonCausalMixer
 from compress.mixers.spec import FULL, LINEAR, SLIDING, MixerSpec
 from compress.models.anatomy import family_of
 from compress.models.load import left_out
+from compress.models.parts import Parts
 from compress.models.pretrained import with_weights
 
 PREFIX = "Hybrid"
@@ -27,14 +28,57 @@ def to_hybrid(
     mixers: Sequence[MixerSpec | None],
     layer_types: Sequence[str] | None = None,
     sliding_window: int | None = None,
+    *,
+    own_weights: bool = True,
 ) -> PreTrainedModel:
     """A hybrid model, in eval mode, with copies of those of `model`'s weights that its layers have a place for.
 
     model: llama, mistral, qwen2, qwen3 or bert, or a hybrid one, which is converted further. mixers: one entry a layer,
     None where softmax attention stays (or comes back). layer_types: of a decoder; by default `linear_attention` where
     there is a mixer, elsewhere what the layer is in `model`. sliding_window: by default the model's own. What a mixer
-    has and the layer had not starts as the mixer's class says. Raises InvalidInput for any other model.
+    has and the layer had not starts as the mixer's class says. own_weights: False for those of `model` themselves, of
+    which one is left. Raises InvalidInput for any other model.
     """
+    hybrid_class, config = _described(model, mixers, layer_types, sliding_window)
+    weights = _weights(model, _empty(hybrid_class, config), config)
+    if own_weights:
+        weights = {name: weight.clone() for name, weight in weights.items()}
+    converted = with_weights(
+        hybrid_class, config, weights, dtype=model.dtype, attn_implementation=model.config._attn_implementation,
+        **left_out(_named(hybrid_class, config.to_dict()), weights),
+    )  # fmt: skip
+    if converted.can_generate():
+        converted.generation_config = copy.deepcopy(model.generation_config)
+    return cast(PreTrainedModel, converted.to(model.device).eval())
+
+
+def new_attention(
+    model: PreTrainedModel, layers: Collection[int], mixers: Sequence[MixerSpec | None],
+    layer_types: Sequence[str] | None = None, sliding_window: int | None = None,
+) -> dict[int, nn.Module]:  # fmt: skip
+    """The attention blocks that `layers` of the hybrid model would have, with weights of their own, by index.
+
+    Nothing else of that model is made; the other arguments are `to_hybrid`'s.
+    """
+    hybrid_class, config = _described(model, mixers, layer_types, sliding_window)
+    config._attn_implementation = model.config._attn_implementation
+    parts = Parts(_empty(hybrid_class, config))
+    found = {}
+    for index in sorted(layers):
+        module = parts.attention(parts.layers[index])
+        path = f"{parts.layer_path(index)}.{parts.family.attention.path}."
+        weights = _weights(model, module, config, path)
+        own = {name.removeprefix(path): weight.to(model.device).clone() for name, weight in weights.items()}
+        module.load_state_dict(own, assign=True)
+        found[index] = module.requires_grad_(True).train(False)
+    return found
+
+
+def _described(
+    model: PreTrainedModel, mixers: Sequence[MixerSpec | None], layer_types: Sequence[str] | None,
+    sliding_window: int | None,
+) -> tuple[Any, PreTrainedConfig]:  # fmt: skip
+    """The class and the config of a hybrid model. Raises InvalidInput where there is none."""
     hybrid_class = _hybrid_class(model)
     if not family_of(model.config.model_type).takes_mixers:
         raise InvalidInput("model", f"{type(model).__name__} has no layers with mixers", "convert a llama or bert")
@@ -46,15 +90,7 @@ def to_hybrid(
     if issubclass(config_class, hybrid.HybridConfig):
         keys["layer_types"] = list(layer_types or _layer_types(model.config, mixers))
         keys["sliding_window"] = sliding_window or getattr(model.config, "sliding_window", None)
-    config = config_class.from_dict(keys)
-    weights = _weights(model, hybrid_class, config)
-    converted = with_weights(
-        hybrid_class, config, weights, dtype=model.dtype,
-        attn_implementation=model.config._attn_implementation, **left_out(_named(hybrid_class, keys), weights),
-    )  # fmt: skip
-    if converted.can_generate():
-        converted.generation_config = copy.deepcopy(model.generation_config)
-    return cast(PreTrainedModel, converted.to(model.device).eval())
+    return hybrid_class, config_class.from_dict(keys)
 
 
 def _named(model_class: Any, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -72,17 +108,24 @@ def _hybrid_class(model: PreTrainedModel) -> Any:
     return found
 
 
-def _weights(model: PreTrainedModel, hybrid_class: Any, config: PreTrainedConfig) -> dict[str, Tensor]:
-    """The hybrid's weights: copies of the model's, and a new mixer's own for what the model has not."""
+def _empty(hybrid_class: Any, config: PreTrainedConfig) -> Any:
+    """A hybrid without weights."""
     with torch.device("meta"):
-        empty = hybrid_class(config)
-    needed = empty.state_dict()
-    weights = {name: weight.detach().clone() for name, weight in model.state_dict().items() if name in needed}
-    for path, module in empty.named_modules():
+        return hybrid_class(config)
+
+
+def _weights(
+    model: PreTrainedModel, empty: nn.Module, config: PreTrainedConfig, path: str = ""
+) -> dict[str, Tensor]:
+    """The weights of `empty`, a hybrid or what it has at `path`: the model's own, a new mixer's for what that lacks."""
+    needed = {path + name for name in empty.state_dict()}
+    weights = {name: weight.detach() for name, weight in model.state_dict().items() if name in needed}
+    for name, module in empty.named_modules():
         if isinstance(module, Mixer | NonCausalMixer):
+            prefix = path + (f"{name}." if name else "")
             with torch.random.fork_rng(devices=[]):  # its projections' own weights are drawn, and left out
                 own = type(module)(config, module.layer_idx).state_dict()
-            weights = {f"{path}.{name}": weight for name, weight in own.items()} | weights
+            weights = {prefix + leaf: weight for leaf, weight in own.items()} | weights
     return weights
 
 

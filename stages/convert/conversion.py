@@ -125,7 +125,9 @@ def convert(job: Job, reporter: Reporter) -> Conversion:
         choice = Choice(tried) if job.chosen else _choose(job, source, shown, teacher, mixers, reporter)
     reporter.log.info("convert-attention: %s in layers %s", options.to, ", ".join(map(str, choice.converted)))
     cast(nn.Module, source).cpu()
-    model = with_mixers(source, mixers, choice.converted, *kind)
+    teaches = options.distill is not None and teacher is source
+    model = with_mixers(source, mixers, choice.converted, *kind, own_weights=teaches)
+    del source, shown, mixers  # a copy where they do not teach
     outcome = None
     if options.distill is not None and job.distill_ids is not None:
         work = job.work / DISTILL

@@ -11,36 +11,37 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from compress.mixers.spec import MixerSpec
-from compress.models.convert import to_hybrid
+from compress.models.convert import new_attention, to_hybrid
 from compress.models.parts import Parts
 from compress.stages.convert.layers import converted_shape
 
 
 def converted(
-    model: PreTrainedModel, layers: Collection[int], mixer: MixerSpec | None, sliding_window: int | None = None
-) -> PreTrainedModel:
+    model: PreTrainedModel, layers: Collection[int], mixer: MixerSpec | None, sliding_window: int | None = None,
+    *, own_weights: bool = True,
+) -> PreTrainedModel:  # fmt: skip
     """A copy of `model` in which `layers` (indices) mix as `mixer` says, from the weights that the model has there.
 
-    mixer: None for softmax over the last `sliding_window` tokens.
+    mixer: None for softmax over the last `sliding_window` tokens. own_weights: False to take over those of `model`.
     """
     shape = converted_shape(Parts(model).shape, sorted(layers), mixer, guessed=False)
-    return to_hybrid(model, shape.mixers, shape.layer_types, sliding_window)
+    return to_hybrid(model, shape.mixers, shape.layer_types, sliding_window, own_weights=own_weights)
 
 
 def new_mixers(
     model: PreTrainedModel, layers: Collection[int], mixer: MixerSpec | None, sliding_window: int | None = None
 ) -> dict[int, nn.Module]:
     """The mixer that each of `layers` would get, by index; arguments as `converted`'s."""
-    parts = Parts(converted(model, layers, mixer, sliding_window))
-    return {index: parts.attention(parts.layers[index]) for index in sorted(layers)}
+    shape = converted_shape(Parts(model).shape, sorted(layers), mixer, guessed=False)
+    return new_attention(model, layers, shape.mixers, shape.layer_types, sliding_window)
 
 
 def with_mixers(
     model: PreTrainedModel, mixers: Mapping[int, nn.Module], layers: Collection[int], mixer: MixerSpec | None,
-    sliding_window: int | None = None,
+    sliding_window: int | None = None, *, own_weights: bool = True,
 ) -> PreTrainedModel:  # fmt: skip
     """A copy of `model` in which `layers` have copies of their `mixers`; the other arguments as `converted`'s."""
-    hybrid = converted(model, layers, mixer, sliding_window)
+    hybrid = converted(model, layers, mixer, sliding_window, own_weights=own_weights)
     parts = Parts(hybrid)
     for index in layers:
         parts.attention(parts.layers[index]).load_state_dict(mixers[index].state_dict())
