@@ -33,10 +33,8 @@ class LayerWalk:
 
     def __init__(self, parts: Parts, ids_BT: Tensor, batch_size: int = 4) -> None:
         self.parts, self.layers = parts, parts.layers
-        self._batches = list(torch.split(ids_BT, min(batch_size, len(ids_BT))))
-        if len(self._batches[-1]) < len(self._batches[0]):  # masks and positions are captured for one batch shape
-            self._batches.pop()
-        self._calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        self._batches = torch.split(ids_BT, batch_size)
+        self._calls: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}  # masks are of one number of rows
         self.hidden: list[Tensor] = []
         self._capture(parts)
 
@@ -55,8 +53,8 @@ class LayerWalk:
 
     @torch.no_grad()
     def _outputs(self, index: int) -> Iterator[Tensor]:
-        args, kwargs = self._calls[index]
         for hidden_BTD in self.hidden:
+            args, kwargs = self._calls[len(hidden_BTD)][index]
             output = self.layers[index](hidden_BTD, *args, **kwargs)
             output_BTD: Tensor = output[0] if isinstance(output, tuple) else output
             if not output_BTD.isfinite().all():
@@ -66,15 +64,17 @@ class LayerWalk:
 
     def _capture(self, parts: Parts) -> None:
         def record(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self._calls.append((args[1:], kwargs))
+            self._calls.setdefault(len(args[0]), []).append((args[1:], kwargs))
 
         def stop(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self.hidden.append(args[0])
             raise _Reached
 
         options = {"use_cache": False} if parts.family.kind == "decoder" else {}
+        sizes = {len(ids): ids for ids in self._batches}
         with torch.no_grad(), _pre_hooks(self.layers, record):
-            parts.backbone(self._batches[0], **options)
+            for ids in sizes.values():
+                parts.backbone(ids, **options)
         with torch.no_grad(), _pre_hooks(self.layers[:1], stop):
             for ids in self._batches:
                 try:

@@ -30,11 +30,11 @@ def test_walking_the_layers_is_running_the_model(model_type: str, pico: Callable
     last = [module for _, module in parts.projections(parts.layers[-1])]
     handles = [module.register_forward_pre_hook(record) for module in last]
     with torch.no_grad():
-        parts.model(ids_BT[:4])
+        parts.model(ids_BT)
     for handle in handles:
         handle.remove()
 
-    walk, moments = LayerWalk(parts, ids_BT, batch_size=2), Moments()  # the fifth row fills no batch
+    walk, moments = LayerWalk(parts, ids_BT, batch_size=2), Moments()  # the fifth row is a batch of its own
     for index in range(len(parts.layers) - 1):
         walk.step(index)
     with moments.watching(last):
