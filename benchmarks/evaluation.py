@@ -172,9 +172,12 @@ def _figures(
         return
     if task == "embedding":
         yield "cosine", quality.cosine(theirs, answer)
-    else:
-        yield "kl", quality.token_kl(theirs, answer)
-        yield "top1_agreement", quality.top1_agreement(theirs, answer)
+        return
+    if task != "classification":
+        size = min(theirs.shape[-1], answer.shape[-1])  # beyond it one vocabulary is padded, and holds no tokens
+        theirs, answer = theirs[..., :size], answer[..., :size]
+    yield "kl", quality.token_kl(theirs, answer)
+    yield "top1_agreement", quality.top1_agreement(theirs, answer)
 
 
 def _finite(answer: Floats, number: int) -> Floats:

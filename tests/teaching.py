@@ -23,6 +23,6 @@ def text_data(folder: Path) -> TextData:
 def context(folder: Path, models: Mapping[str, Path]) -> StageContext:
     """Where a stage runs, in `folder`, with `models` by role."""
     for name in ("out", "work"):
-        (folder / name).mkdir(exist_ok=True)
+        (folder / name).mkdir(parents=True, exist_ok=True)
     inputs = {role: Artifact(path, "torch", "source", role) for role, path in models.items()}
     return StageContext(folder / "out", folder / "work", inputs, text_data(folder), seed=0, target=Target())

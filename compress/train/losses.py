@@ -36,6 +36,12 @@ def skew_kl(student_NV: Tensor, teacher_NV: Tensor, alpha: float = 0.1) -> Tenso
     return F.kl_div(log_mixture_NV, log_p_NV, reduction="none", log_target=True).sum(-1)
 
 
+def common(student_NV: Tensor, teacher_NV: Tensor) -> tuple[Tensor, Tensor]:
+    """Both logits without the rows that only one vocabulary is padded with: no token of the tokenizer is there."""
+    size = min(student_NV.shape[-1], teacher_NV.shape[-1])
+    return student_NV[..., :size], teacher_NV[..., :size]
+
+
 def cross_entropy(student_NV: Tensor, labels_N: Tensor) -> Tensor:
     """−log q(label) in nats, (N,); 0 where the label is IGNORED."""
     return F.cross_entropy(student_NV.float(), labels_N, reduction="none", ignore_index=IGNORED)

@@ -19,6 +19,7 @@ from compress.train.losses import (
     IGNORED,
     HiddenDistance,
     chunked_sum,
+    common,
     cross_entropy,
     forward_kl,
     hidden_distance,
@@ -69,10 +70,11 @@ class Objective:
         taught_N: where the teacher says something. Elsewhere it counts as sure of the text: KL is cross-entropy then.
         """
         weights, loss_N = self.weights, torch.zeros(len(labels_N), device=student_NV.device)
+        both = common(student_NV, teacher_NV)
         if weights.kl:
-            loss_N = loss_N + weights.kl * forward_kl(student_NV, teacher_NV, self.temperature)
+            loss_N = loss_N + weights.kl * forward_kl(*both, self.temperature)
         if weights.skew_kl:
-            loss_N = loss_N + weights.skew_kl * skew_kl(student_NV, teacher_NV)
+            loss_N = loss_N + weights.skew_kl * skew_kl(*both)
         if weights.ce or not taught_N.all():
             text_N = cross_entropy(student_NV, labels_N)
             loss_N = torch.where(taught_N, loss_N, (weights.kl + weights.skew_kl) * text_N) + weights.ce * text_N

@@ -18,6 +18,7 @@ from compress.stage import SOURCE, OtherModel, Ref, StageContext
 from compress.train.options import LossWeights, TrainingOptions
 
 if TYPE_CHECKING:
+    from compress.data.text import TextData
     from compress.models.sources import Source
     from compress.train.trainer import Sequences
 
@@ -75,6 +76,21 @@ class TaughtOptions(TrainingOptions):
         if self.teacher_model is not None:
             yield from _misfits(teacher, model, self.loss)
 
+    def check_source(self, folder: Path, data: TextData) -> None:
+        """Raises StageFailed where neither the source's tokens nor the teacher's are among the other's.
+
+        Either may be padded to a rounder number of embeddings, which says nothing of the tokens.
+        """
+        if self.teacher_model is None or not self.needs_teacher:
+            return
+        from compress.models.load import load_tokenizer
+        from compress.train.teacher import check_same_vocabulary
+        from compress.train.vocabularies import is_part_of
+
+        source, teacher = load_tokenizer(folder), load_tokenizer(_source(self.teacher_model).fetch())
+        if not is_part_of(source, teacher) and not is_part_of(teacher, source):
+            check_same_vocabulary(source, teacher)
+
     def twin_options(self) -> dict[str, object]:
         """Changes that make a training two steps long, with the pipeline's own random twin for a teacher."""
         return {**super().twin_options(), "teacher_model": None, "teacher_bits": None}
@@ -127,9 +143,9 @@ def _misfits(teacher: ModelShape, model: ModelShape, loss: LossWeights) -> Itera
         what = f"is of the kind {teacher.family.kind}, and the model {model.family.kind}"
         yield Problem("teacher_model", what, "choose a teacher of the same kind")
         return
-    if teacher.vocab_size != model.vocab_size:
-        what = f"has a vocabulary of {teacher.vocab_size} tokens, and the model {model.vocab_size}"
-        yield Problem("teacher_model", what, "choose a teacher with the same tokenizer")
+    if teacher.num_labels != model.num_labels:
+        what = f"tells {teacher.num_labels} classes apart, and the model {model.num_labels}"
+        yield Problem("teacher_model", what, "choose a teacher with the same classes")
     yield from loss.misfits(model, teacher)
 
 

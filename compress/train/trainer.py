@@ -14,7 +14,7 @@ from transformers import EvalPrediction, PreTrainedModel, TrainingArguments
 
 from compress.train.attention import Watch, watches
 from compress.train.distributed import agreed
-from compress.train.losses import IGNORED, cross_entropy, forward_kl
+from compress.train.losses import IGNORED, common, cross_entropy, forward_kl
 from compress.train.objective import Objective, Said, item_logits, taught
 from compress.train.resumable import ResumableTrainer, optimizer_with_rates
 from compress.train.vocabularies import THEIRS, TwoWays, in_students_tokens
@@ -176,8 +176,8 @@ class RecoveryTrainer(ResumableTrainer):
                 ce = cross_entropy(student_NV, labels_N[counted_N]).mean()
             if teacher is not None:
                 taught_N = taught(batch)[counted_N]
-                student_NV = student_NV[taught_N]
                 teacher_NV = item_logits(teacher, batch["labels"])[counted_N][taught_N]
+                student_NV, teacher_NV = common(student_NV[taught_N], teacher_NV)
                 kl = forward_kl(student_NV, teacher_NV).mean()
                 agreement = (student_NV.argmax(-1) == teacher_NV.argmax(-1)).float().mean()
         return torch.stack([loss, kl, ce, agreement])

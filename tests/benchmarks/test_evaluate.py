@@ -51,7 +51,7 @@ def evaluate(
     tmp_path: Path, subject: Path, source: Path, reporter: Reporter | None = None, **options: Any
 ) -> tuple[dict[str, Any], Path]:
     out = tmp_path / "out"
-    out.mkdir()
+    out.mkdir(parents=True)
     stage = Evaluate(sequence_length=LENGTH, tokens=LENGTH * BLOCKS, **options)
     inputs = {"input": artifact(subject), "source": artifact(source)}
     data: Any = FixedText()
@@ -113,6 +113,21 @@ def test_figures_equal_a_naive_computation(tmp_path: Path, source: Path, other: 
     assert result["perplexity_ratio_se"] / result["perplexity_ratio"] == pytest.approx(
         float(difference.std() / BLOCKS**0.5), rel=1e-4
     )
+
+
+@pytest.mark.parametrize("padded", ["subject", "source"])
+def test_embeddings_of_no_token_have_no_say(padded: str, tmp_path: Path, source: Path, other: Path) -> None:
+    """Of the distance between two models; each one's perplexity is of all that it may say."""
+    from compress.models.load import load_model, save_model
+
+    plain, _ = evaluate(tmp_path / "plain", other, source)
+    model = load_model({"subject": other, "source": source}[padded])
+    model.resize_token_embeddings(576, mean_resizing=False)
+    save_model(model, source, tmp_path / "wide")
+    pair = (tmp_path / "wide", source) if padded == "subject" else (other, tmp_path / "wide")
+    found, _ = evaluate(tmp_path / "padded", *pair)
+    for figure in ("kl", "top1_agreement"):
+        assert found["result"][figure] == pytest.approx(plain["result"][figure], rel=1e-5)
 
 
 def test_a_model_against_itself(tmp_path: Path, source: Path) -> None:

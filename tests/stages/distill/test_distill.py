@@ -17,9 +17,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 from launched import distil
 from safetensors.torch import load_file
 
+from compress.data.config import DataConfig
+from compress.data.text import TextData
 from compress.errors import StageFailed
 from compress.models.anatomy import shape_of
-from compress.models.load import load_model
+from compress.models.load import load_model, save_model
 from compress.stage import OtherModel, Ref
 from compress.stages.distill.stage import Distill
 from compress.train.teacher import layer_map, load_teacher
@@ -170,17 +172,58 @@ def test_another_model_as_the_teacher(models, tmp_path):
     assert metrics["result"]["kl_to_teacher"] < metrics["input"]["kl_to_teacher"]
 
 
-def test_a_teacher_with_another_tokenizer_is_refused(models, tmp_path):
-    teacher = make_pico("llama", tmp_path / "teacher")
-    tokenizer = json.loads((teacher / "tokenizer.json").read_text())
+def padded(folder: Path, out: Path, num_rows: int) -> Path:
+    """The same model with so many more embeddings, of no token, that its head likes best of all."""
+    model = load_model(folder)
+    vocab_size = model.config.vocab_size
+    model.resize_token_embeddings(vocab_size + num_rows, mean_resizing=False)
+    with torch.no_grad():
+        model.lm_head.weight[vocab_size:] = 3 * model.lm_head.weight[:num_rows]
+    save_model(model, folder, out)
+    return out
+
+
+@pytest.mark.parametrize("loss", [{"kl": 1}, {"kl": 0, "skew_kl": 1}])
+def test_a_teacher_with_a_padded_vocabulary_is_the_teacher_without_it(models, loss, tmp_path):
+    """Qwen's sizes have one tokenizer and embeddings for 151,936 or 152,064 tokens."""
+    wide = padded(models["teacher"], tmp_path / "teacher", 64)
+    stage = Distill.model_validate({"teacher_model": str(wide), "loss": loss})
+    assert not list(stage.check(shape_of(json.loads((models["input"] / "config.json").read_text()))))
+    stage.check_source(models["input"], TextData(DataConfig()))
+    found = distil(tmp_path / "wide", {**models, "teacher": wide}, loss=loss)
+    assert found["result"] == distil(tmp_path / "plain", models, loss=loss)["result"]
+
+
+def test_a_student_with_a_padded_vocabulary(models, tmp_path):
+    wide = {**models, "input": padded(models["input"], tmp_path / "input", 64)}
+    found, plain = distil(tmp_path / "wide", wide), distil(tmp_path / "plain", models)
+    assert found["input"]["kl_to_teacher"] == pytest.approx(plain["input"]["kl_to_teacher"])
+    assert found["result"]["kl_to_teacher"] < found["input"]["kl_to_teacher"]
+
+
+def test_a_teacher_of_other_tokens_is_refused_before_the_dry_run(models, tmp_path):
+    with pytest.raises(StageFailed, match="its tokenizer is not the student's"):
+        Distill(teacher_model=str(of_other_tokens(tmp_path / "teacher"))).check_source(
+            models["input"], TextData(DataConfig())
+        )
+
+
+def of_other_tokens(folder: Path) -> Path:
+    """A pico model whose end has another name."""
+    make_pico("llama", folder)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
     tokenizer["added_tokens"][0]["content"] = "<|other|>"
     tokenizer["model"]["vocab"]["<|other|>"] = tokenizer["model"]["vocab"].pop("<|end|>")
-    (teacher / "tokenizer.json").write_text(json.dumps(tokenizer))
-    config = json.loads((teacher / "tokenizer_config.json").read_text())
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    config = json.loads((folder / "tokenizer_config.json").read_text())
     config.update(bos_token="<|other|>", eos_token="<|other|>", pad_token="<|other|>")
-    (teacher / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_a_teacher_with_another_tokenizer_is_refused(models, tmp_path):
     with pytest.raises(StageFailed, match="tokenizer is not the student's"):
-        distil(tmp_path, {"input": models["input"], "teacher": teacher})
+        distil(tmp_path, {"input": models["input"], "teacher": of_other_tokens(tmp_path / "teacher")})
 
 
 def test_layers_answer_to_what_the_next_kept_layer_was_given():
