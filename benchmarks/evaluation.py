@@ -58,6 +58,13 @@ class Evaluation:
         """The mean over predictions, with its standard error over blocks."""
         return quality.cluster_mean(self.sums[figure], self.num_predictions_N)
 
+    def of_blocks(self, rows: slice) -> Evaluation:
+        """What these blocks alone say, of text; what else was asked is left out."""
+        counts = self.num_predictions_N[rows]
+        num_tokens = self.num_tokens * len(counts) // len(self.num_predictions_N)
+        sums = {figure: values_N[rows] for figure, values_N in self.sums.items()}
+        return Evaluation(counts, sums, self.num_bytes_N[rows], num_tokens, self.same_tokens)
+
     def result(self) -> dict[str, float]:
         """The model's own figures, those of its distance from the reference, and the paired ratios.
 
@@ -90,6 +97,13 @@ class Evaluation:
         num_blocks = len(self.num_predictions_N)
         counts = {"num_predictions": self.num_predictions_N.tolist(), "num_bytes": self.num_bytes_N.tolist()}
         return {"num_blocks": num_blocks, **counts} | sums | recall
+
+    @classmethod
+    def from_json(cls, written: Mapping[str, Any], num_tokens: int) -> Evaluation:
+        """The inverse of `to_json`, of models with one vocabulary, without what else was asked."""
+        counts = {"num_predictions", "num_bytes", "num_blocks", "recall"}
+        sums = {figure: np.array(values) for figure, values in written.items() if figure not in counts}
+        return cls(np.array(written["num_predictions"]), sums, np.array(written["num_bytes"]), num_tokens)
 
     def _of(self, nll: str) -> dict[str, float]:
         """What follows from one model's negative log-likelihoods, if it has any."""

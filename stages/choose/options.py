@@ -61,7 +61,7 @@ class ChooseOptions(BaseModel):
     )
     max_size_mb: float | None = Field(None, gt=0, description="the largest export that may be chosen")
     against: str = Field(SOURCE, description="the model that quality is held against: source, or an earlier stage's id")
-    tokens: int = Field(8192, ge=8, description="tokens of the eval split that quality is judged on")
+    tokens: int = Field(8192, ge=8, description="tokens of the eval split: half of the blocks choose, half are told")
     sequence_length: int = Field(256, ge=4, description="tokens of each block of them")
     prefer: Literal["both", "prefill", "decode"] | Weights = Field(
         "both",

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from compress.artifact import MANIFEST, Format, Metrics
+from compress.artifact import MANIFEST, Artifact, Format, Metrics
 from compress.benchmarks.contest import Budget as TimeBudget
 from compress.benchmarks.evaluate import Evaluate
 from compress.benchmarks.latency import Latency, race
@@ -20,20 +21,26 @@ from compress.stages.choose.budget import Budget
 from compress.stages.choose.options import FLOAT, ChooseOptions, Way, Weights
 from compress.units import Units
 
+if TYPE_CHECKING:
+    from compress.benchmarks.evaluation import Evaluation
+
 QUALITY = " quality"
 """What the role of a candidate's evaluation ends with; it begins with the candidate's name."""
+_LEAST = 2
+"""Blocks that have a standard error."""
 
 
 class ChooseFormat(ChooseOptions, Stage):
     """Quantises and exports its input in every scheme, and hands on the export that answers fastest on this machine.
 
     Only those whose quality is within the budget can be chosen; all are measured, in one run and by turns, prefill and
-    decode apart. Candidates are made and evaluated by hidden stages of the pipeline: a killed run goes on with the next
-    one, and another budget or other prompts make none again.
+    decode apart. Every other block of the text chooses, and the figures are of those between: the best of several on
+    the text that chose it looks better than it is. Candidates are made and evaluated by hidden stages of the pipeline:
+    a killed run goes on with the next one, and another budget or other prompts make none again.
     """
 
     name: ClassVar[str] = "choose-format"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     summary: ClassVar[str] = "measure quantised formats on this machine and take the fastest that is good enough"
     accepts: ClassVar[frozenset[Format]] = frozenset({"torch"})
     returns: ClassVar[Format] = "onnx"
@@ -67,6 +74,9 @@ class ChooseFormat(ChooseOptions, Stage):
     def check(self, model: ModelShape) -> Iterator[Problem]:
         """Prompts beyond the model, and what a model of its kind has no figures for."""
         yield from self._latency.check(model)
+        if self.tokens < 2 * _LEAST * self.sequence_length:
+            what = f"{self.tokens} is under {2 * _LEAST} blocks of {self.sequence_length}: half choose, half are told"
+            yield Problem("tokens", what, f"at least {2 * _LEAST * self.sequence_length}")
         is_decoder = model.family.kind == "decoder"
         if is_decoder and self.budget and self.budget.cosine is not None:
             what = "is of an encoder's embeddings, and this is a decoder"
@@ -105,7 +115,8 @@ class ChooseFormat(ChooseOptions, Stage):
         from compress.stages.choose.choice import Candidate, choose, rounds_ms
         from compress.stages.choose.record import write_record
 
-        inputs, verdicts = context.inputs, self._verdicts(context)
+        inputs = context.inputs
+        verdicts, reported = self._verdicts(context)
         found = race(
             {name: inputs[name].path for name in verdicts}, self._latency.workloads(),
             TimeBudget(self.repeats, self.max_seconds),
@@ -115,7 +126,7 @@ class ChooseFormat(ChooseOptions, Stage):
         times = report.metrics(found)
         candidates = []
         for name, own in verdicts.items():
-            figures = {**inputs[name + QUALITY].metrics[RESULT], **times[name]}
+            figures = {**reported[name], **times[name]}
             rounds = rounds_ms(found["subjects"][name])
             candidates.append(Candidate(name, inputs[name].size_mb, figures, own, rounds))
         choice = choose(candidates, self._weights)
@@ -147,16 +158,21 @@ class ChooseFormat(ChooseOptions, Stage):
             fix = "name the stage that changed the vocabulary, or a later one"
             raise StageFailed("choose-format.against", what, fix)
 
-    def _verdicts(self, context: StageContext) -> dict[str, list[Verdict]]:
-        """Each candidate's. Raises RequirementMissed where none is within the budget."""
+    def _verdicts(self, context: StageContext) -> tuple[dict[str, list[Verdict]], dict[str, Mapping[str, float]]]:
+        """Each candidate's verdicts, and its figures on the other blocks.
+
+        Raises RequirementMissed where none is within the budget.
+        """
         from compress.stages.choose.choice import judge
 
-        qualities = {name: context.inputs[name + QUALITY].metrics for name in self.ways()}
-        self._refuse_other_vocabulary(qualities)
-        budget = self.budget or Budget.usual(next(iter(qualities.values()))[RESULT])
+        artifacts = {name: context.inputs[name + QUALITY] for name in self.ways()}
+        self._refuse_other_vocabulary({name: artifact.metrics for name, artifact in artifacts.items()})
+        halves = {name: _halves(artifact) for name, artifact in artifacts.items()}
+        choosing = {name: {RESULT: half.result(), self.against: half.reference()} for name, (half, _) in halves.items()}
+        budget = self.budget or Budget.usual(next(iter(choosing.values()))[RESULT])
         requirements = budget.requirements(self.against, self.max_size_mb)
         found = {
-            name: judge(requirements, quality, context.inputs[name].size_mb) for name, quality in qualities.items()
+            name: judge(requirements, quality, context.inputs[name].size_mb) for name, quality in choosing.items()
         }
         if not any(all(verdict.met for verdict in verdicts) for verdicts in found.values()):
             missed = [
@@ -165,4 +181,17 @@ class ChooseFormat(ChooseOptions, Stage):
             ]  # fmt: skip
             fix = "allow more, try other schemes, or recover the model before (distill, qat)"
             raise RequirementMissed("choose-format.budget", f"no format is within it ({'; '.join(missed)})", fix)
-        return found
+        return found, {
+            name: {**half.result(), "eval_tokens": float(half.num_tokens)} for name, (_, half) in halves.items()
+        }
+
+
+def _halves(measured: Artifact) -> tuple[Evaluation, Evaluation]:
+    """What `evaluate` saw on every other block, and on those between; of the dry run's few, on all of them twice."""
+    from compress.benchmarks.evaluation import Evaluation
+
+    written = json.loads((measured.path / "evaluation.json").read_text("utf-8"))
+    whole = Evaluation.from_json(written["blocks"], round(written["metrics"][RESULT]["eval_tokens"]))
+    if len(whole.num_predictions_N) < 2 * _LEAST:
+        return whole, whole
+    return whole.of_blocks(slice(0, None, 2)), whole.of_blocks(slice(1, None, 2))

@@ -102,6 +102,23 @@ def test_figures_of_every_candidate_reach_the_report(done: tuple[RunRecord, Path
     assert written["latency"]["method"]["interleaved"]
 
 
+def test_what_is_reported_is_of_other_text_than_what_chose(done: tuple[RunRecord, Path]) -> None:
+    record, folder = done
+    stage, out = chosen(record, folder)
+    candidates = json.loads((out / "formats.json").read_text())["candidates"]
+    for name, each in candidates.items():
+        quality = folder / "p" / record.stage(stage.inputs[f"{name} quality"]).directory / "evaluation.json"
+        blocks = json.loads(quality.read_text())["blocks"]
+        assert blocks["num_blocks"] == 4
+        halves = [
+            sum(blocks["top1_agreement"][first::2]) / sum(blocks["num_predictions"][first::2]) for first in (0, 1)
+        ]
+        assert each["figures"]["top1_agreement"] == pytest.approx(halves[1]), name
+        assert each["within_budget"] == (halves[0] >= 0.9), name
+        assert each["figures"]["eval_tokens"] == 128
+    assert stage.metrics["w8-block32"]["top1_agreement"] == candidates["w8-block32"]["figures"]["top1_agreement"]
+
+
 def test_none_within_the_budget_is_a_missed_requirement_and_is_gone_on_from(pico: Pico, tmp_path: Path) -> None:
     schemes = ["w8a8-dynamic", "w4-block32"]
     with pytest.raises(RequirementMissed) as missed:
