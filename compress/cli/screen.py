@@ -33,7 +33,8 @@ def print_table(table: Table) -> None:
     for index, column in enumerate(table.columns):
         words = [word for row in table.rows for word in row[index].split()]
         shown.add_column(
-            column, justify="right" if index else "left", overflow="fold", min_width=max(map(len, words), default=0),
+            column, justify="right" if index >= table.num_words else "left", overflow="fold",
+            min_width=max(map(len, words), default=0),
             no_wrap=not index and len(words) <= len(table.rows),
         )  # fmt: skip
     for row in table.rows:

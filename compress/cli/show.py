@@ -37,11 +37,14 @@ def as_json(record: RunRecord, run_dir: Path) -> dict[str, Any]:
 
 def print_run(record: RunRecord, run_dir: Path) -> None:
     """A run for people."""
+    from compress.report.operators import operators_table
     from compress.report.tables import recall_table, result_table, stages_table
     from compress.runner.record import State
 
     print_table(result_table(record))
     print_table(stages_table(record))
+    if (operators := operators_table(run_dir, record)) is not None:
+        print_table(operators)
     if (recall := recall_table(record)) is not None:
         print_table(recall)
     for verdict in record.verdicts:

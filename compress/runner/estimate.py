@@ -44,6 +44,10 @@ class Estimate:
     disk_mb: float
     seconds: float
 
+    def figures(self) -> dict[str, float]:
+        """The numbers alone."""
+        return {"size_mb": self.size_mb, "ram_mb": self.ram_mb, "disk_mb": self.disk_mb, "seconds": self.seconds}
+
 
 def estimate(prepared: Prepared) -> dict[str, Estimate]:
     """Estimates of all steps by id, cached ones too."""

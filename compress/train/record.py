@@ -38,6 +38,7 @@ def plot_loss(train: Sequence[Entry], evaluations: Sequence[Entry], best_step: i
     )  # fmt: skip
     axes.axvline(best_step, color="grey", ls=":", label="kept")
     axes.set_xlabel("optimiser step")
+    axes.locator_params(axis="x", integer=True)
     axes.set_ylabel("loss (nats per token)")
     axes.legend()
     figure.savefig(file, dpi=120, metadata={"Software": None})

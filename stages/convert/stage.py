@@ -59,6 +59,11 @@ class ConvertAttention(Stage):
     summary: ClassVar[str] = "give layers linear attention, Mamba-2 or a sliding window in place of softmax attention"
     accepts: ClassVar[frozenset[Format]] = frozenset({"torch"})
     returns: ClassVar[Format] = "torch"
+    plots: ClassVar[Mapping[str, str]] = {
+        "scores.png": "what converting each layer costs; the cheapest are converted",
+        "alignment.png": "how each layer's mixer came to say what its attention says",
+        "loss.png": "loss of the distillation; the dotted line is the step that is kept",
+    }
     splits: ClassVar[frozenset[Literal["train", "eval"]]] = frozenset({"train", "eval"})
     example: ClassVar[Mapping[str, Any]] = {"to": "linear", "convert": 1}
 

@@ -34,6 +34,7 @@ class Distill(TaughtOptions, Stage):
     summary: ClassVar[str] = "train the model towards a teacher, by default the source"
     accepts: ClassVar[frozenset[Format]] = frozenset({"torch"})
     returns: ClassVar[Format] = "torch"
+    plots: ClassVar[Mapping[str, str]] = {"loss.png": "loss; the dotted line is the step that is kept"}
     seeded: ClassVar[bool] = True
 
     def inputs(self) -> Mapping[str, Ref | OtherModel]:

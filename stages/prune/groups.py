@@ -40,6 +40,7 @@ class PruneGroups(Stage):
     summary: ClassVar[str] = "cut heads, neurons and channels that the model needs least"
     accepts: ClassVar[frozenset[Format]] = frozenset({"torch"})
     returns: ClassVar[Format] = "torch"
+    plots: ClassVar[Mapping[str, str]] = {"groups.png": "share of the importance that stays in each layer"}
     example: ClassVar[Mapping[str, Any]] = {"keep": {"intermediate": 0.5}}
 
     keep: dict[Kind, Number | Share] | None = Field(

@@ -30,6 +30,7 @@ class PruneLayers(Stage):
     summary: ClassVar[str] = "leave out the layers that the model misses least"
     accepts: ClassVar[frozenset[Format]] = frozenset({"torch"})
     returns: ClassVar[Format] = "torch"
+    plots: ClassVar[Mapping[str, str]] = {"scores.png": "what leaving out each layer costs; the cheapest are dropped"}
     example: ClassVar[Mapping[str, Any]] = {"drop": 1}
 
     keep: Layers | None = Field(None, description="layers to keep: a number, a share (0.8) or a list of indices from 0")

@@ -33,6 +33,7 @@ class Qat(TaughtOptions, QuantizeOptions, Stage):
     summary: ClassVar[str] = "train through the quantisation (straight-through, LSQ), towards a teacher"
     accepts: ClassVar[frozenset[Format]] = frozenset({"torch"})
     returns: ClassVar[Format] = "quantized"
+    plots: ClassVar[Mapping[str, str]] = {"loss.png": "loss; the dotted line is the step that is kept"}
     seeded: ClassVar[bool] = True
 
     learn: Literal["weights", "scales", "both"] = Field(
