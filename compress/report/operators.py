@@ -23,15 +23,19 @@ def operators_table(run_dir: Path, record: RunRecord) -> Table | None:
 
     MB are 1e6 bytes of weights as they are stored; those that two rows share are counted in both.
     """
-    deploy = record.deploy
-    file = run_dir / deploy.directory / "model.onnx" if deploy and deploy.returns == "onnx" else None
-    uses = operators_of(file) if file and file.is_file() else []
-    if not uses:
+    if not (uses := deployed_operators(run_dir, record)):
         return None
     said = " ".join(f"{use.body} {use.weights} {use.operator}" for use in uses)
     note = " ".join(["Read from the graph that is deployed.", *(_NOTES[word] for word in _NOTES if word in said)])
     columns = ("where", "matrices", "weights", "operator", "MB")
     return Table("operators of the exported model", columns, tuple(_rows(uses)), note, 4)
+
+
+def deployed_operators(run_dir: Path, record: RunRecord) -> Sequence[Use]:
+    """The same one by one; none where no graph is deployed, or it is not there."""
+    deploy = record.deploy
+    file = run_dir / deploy.directory / "model.onnx" if deploy and deploy.returns == "onnx" else None
+    return operators_of(file) if file and file.is_file() else ()
 
 
 def _rows(uses: Sequence[Use]) -> Iterable[tuple[str, ...]]:
