@@ -180,11 +180,12 @@ class ConvertAttention(Stage):
     def shape(self, model: ModelShape) -> ModelShape:
         """The model with mixers; in which of its layers is a guess where that is measured or drawn."""
         known = None if self.select == "random" else self.preselected(model, 0)
-        return converted_shape(model, known or self._spread(model), self.mixer(model), guessed=known is None)
+        mixed = converted_shape(model, known or self._spread(model), self.mixer(model), guessed=known is None)
+        return mixed.in_float32
 
     def weight_bytes(self, model: ModelShape, before: float) -> float:
-        """Every parameter in float32."""
-        return 4.0 * model.num_parameters
+        """Every parameter in float32: at most."""
+        return model.weight_bytes
 
     def forward_tokens(self, model: ModelShape) -> float:
         """Those of the trainings and of the choice, which runs half of the layers, on average, for each candidate."""

@@ -55,6 +55,14 @@ class Distill(TaughtOptions, Stage):
         """Two steps, and the pipeline's own random twin for a teacher."""
         return self.model_copy(update=self.twin_options())
 
+    def shape(self, model: ModelShape) -> ModelShape:
+        """The same model; a step of training is finer than types of two bytes, so that it is kept in float32."""
+        return model.in_float32
+
+    def weight_bytes(self, model: ModelShape, before: float) -> float:
+        """Every parameter in float32."""
+        return model.weight_bytes
+
     def run(self, context: StageContext) -> Metrics:
         """Train, and write the best weights with `history.json`, `loss.png` and `tensorboard/`."""
         from compress.models.load import save_model

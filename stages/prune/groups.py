@@ -115,8 +115,8 @@ class PruneGroups(Stage):
         return widths.narrower(model, self._uniform(model, self._numbers(model)))
 
     def weight_bytes(self, model: ModelShape, before: float) -> float:
-        """Every parameter of the smaller model in float32."""
-        return 4.0 * model.num_parameters
+        """Every parameter of the smaller model, in the type that it had."""
+        return model.weight_bytes
 
     def twin(self) -> Self:
         """Shares in place of the numbers that a narrow twin has not, scored on four short blocks.

@@ -102,8 +102,8 @@ class PruneLayers(Stage):
         return model.of_layers([index for index in range(total) if (index in asked) == (option == "keep")])
 
     def weight_bytes(self, model: ModelShape, before: float) -> float:
-        """Every parameter of the smaller model in float32."""
-        return 4.0 * model.num_parameters
+        """Every parameter of the smaller model, in the type that it had."""
+        return model.weight_bytes
 
     def twin(self) -> Self:
         """Keeps one layer, scored on four short blocks."""

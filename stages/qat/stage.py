@@ -114,6 +114,10 @@ class Qat(TaughtOptions, QuantizeOptions, Stage):
             for scheme, num in zip(schemes, steps, strict=True)
         ]
 
+    def shape(self, model: ModelShape) -> ModelShape:
+        """The same model; what is trained and stays floats is kept in float32."""
+        return model.in_float32
+
     def weight_bytes(self, model: ModelShape, before: float) -> float:
         """What is written with these options."""
         return self.stored_bytes(model)
