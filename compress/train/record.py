@@ -39,7 +39,8 @@ def plot_loss(train: Sequence[Entry], evaluations: Sequence[Entry], best_step: i
     axes.axvline(best_step, color="grey", ls=":", label="kept")
     axes.set_xlabel("optimiser step")
     axes.locator_params(axis="x", integer=True)
-    axes.set_ylabel("loss (nats per token)")
+    in_nats = any({"kl", "ce"} & entry.keys() for entry in evaluations)
+    axes.set_ylabel("loss (nats per token)" if in_nats else "loss")
     axes.legend()
     figure.savefig(file, dpi=120, metadata={"Software": None})
 

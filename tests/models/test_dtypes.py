@@ -66,7 +66,7 @@ TRAINED = {**TEXT, "batch_size": 2, "eval_tokens": 256}
     "stage",
     [
         {"prune-layers": {"drop": 1, "by": "uniform"}},
-        {"prune-groups": {"keep": {"intermediate": 64, "attention-heads": 2}, "by": "magnitude"}},
+        {"prune-groups": {"keep": {"intermediate": 64, "hidden": 48}, "by": "magnitude"}},
         {"reduce-vocab": {"keep": 400, "tokens": 16384}},
     ],
     ids=lambda stage: next(iter(stage)),
@@ -107,6 +107,22 @@ def test_a_converted_model_has_its_mixers_in_float32_and_its_other_weights_as_th
     assert torch.equal(weights["model.embed_tokens.weight"], before["model.embed_tokens.weight"])
     assert torch.float32 in {tensor.dtype for tensor in weights.values()}
     assert config(out)["dtype"] == "float32", "in which nothing is lost"
+
+
+def test_plain_transformers_loses_nothing_of_a_model_of_two_types(pico: Pico, tmp_path: Path) -> None:
+    import transformers
+
+    source, out = halved(pico("llama"), tmp_path / "source", "bfloat16"), tmp_path / "out"
+    model: Any = load_model(source)
+    with torch.no_grad():
+        model.model.norm.weight.mul_(1.001)
+    save_model(model, source, out)
+    assert {tensor.dtype for tensor in stored(out).values()} == {torch.bfloat16, torch.float32}
+    assert config(out)["dtype"] == "float32"
+    plain: Any = transformers.AutoModelForCausalLM
+    ids_BT, theirs = torch.arange(40)[None], plain.from_pretrained(out).eval()
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=ids_BT).logits, theirs(input_ids=ids_BT).logits)
 
 
 @pytest.mark.parametrize("dtype", TYPES)
