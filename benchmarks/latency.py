@@ -36,6 +36,7 @@ class Latency(Stage):
     summary: ClassVar[str] = "time to first token and per token, memory and loading time, beside the source's exports"
     accepts: ClassVar[frozenset[Format]] = frozenset({"onnx"})
     returns: ClassVar[Format] = "measurement"
+    plots: ClassVar[Mapping[str, str]] = {"latency.png": "median times, whiskers from the 10th to the 90th percentile"}
     measures_hardware: ClassVar[bool] = True
     libraries: ClassVar[frozenset[str]] = frozenset({"onnxruntime"})
     example: ClassVar[Mapping[str, Any]] = {"prompts": [64]}

@@ -9,11 +9,12 @@ import platform
 import re
 import subprocess
 import sys
+import threading
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from compress import __version__
 from compress.errors import InvalidInput
@@ -21,6 +22,8 @@ from compress.errors import InvalidInput
 VECTOR_FLAGS = ("avx", "amx", "fma", "asimd", "neon", "sve", "i8mm")
 """What the flags of vector and matrix instructions begin with: an operator's kernel is chosen by them."""
 THREADS_PER_CPU = 8
+SAMPLE_SECONDS = 0.1
+_RESET = Path("/proc/self/clear_refs")
 _PACKAGES = ("torch", "transformers", "onnxruntime", "onnx", "numpy")
 
 
@@ -131,17 +134,32 @@ def git_commit() -> str | None:
 class PeakMemory:
     """Peak resident memory of this process since the object was made, in MB (1e6 bytes).
 
-    Linux lets the high-water mark be reset; elsewhere it is that of the whole process so far.
+    Linux lets the high-water mark be reset. Where it can't be, it is that of the whole process so far, or within a
+    `with` block the most that was seen there every SAMPLE_SECONDS.
     """
 
     def __init__(self) -> None:
+        self._sampled_mb = 0.0
+        self._over = threading.Event()
         try:
-            Path("/proc/self/clear_refs").write_text("5")
+            _RESET.write_text("5")
+            self._is_reset = True
         except OSError:
-            return
+            self._is_reset = False
+
+    def __enter__(self) -> Self:
+        if not self._is_reset:
+            threading.Thread(target=self._sample, name="peak-memory", daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
 
     def peak_mb(self) -> float:
         """The peak until now."""
+        if self._sampled_mb:
+            self._look()
+            return self._sampled_mb
         import resource
 
         try:
@@ -152,6 +170,16 @@ class PeakMemory:
             pass
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+
+    def _sample(self) -> None:
+        self._look()
+        while not self._over.wait(SAMPLE_SECONDS):
+            self._look()
+
+    def _look(self) -> None:
+        import psutil
+
+        self._sampled_mb = max(self._sampled_mb, psutil.Process().memory_info().rss / 1e6)
 
 
 def _may_have_gpu() -> bool:

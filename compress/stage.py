@@ -137,8 +137,8 @@ class Stage(BaseModel, ABC):
     kinds: `decoder`, `encoder` or both. splits: those of the text that it reads, whatever its options.
     measures_hardware: its figures belong to this machine, so the machine is part of its key. reads_target: so does what
     it writes to `target`. seeded: its result depends on the seed, whatever its options. libraries: those that it
-    computes with, whatever its options. example: options of a small typical use, for the support matrix; needed only
-    where the defaults alone are not valid.
+    computes with, whatever its options. plots: what it draws, a caption by file name. example: options of a small
+    typical use, for the support matrix; needed only where the defaults alone are not valid.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -154,6 +154,7 @@ class Stage(BaseModel, ABC):
     reads_target: ClassVar[bool] = False
     seeded: ClassVar[bool] = False
     libraries: ClassVar[frozenset[str]] = frozenset({"torch", "transformers"})
+    plots: ClassVar[Mapping[str, str]] = {}
     example: ClassVar[Mapping[str, Any]] = {}
 
     def reads(self) -> frozenset[Literal["train", "eval"]]:

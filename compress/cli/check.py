@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from compress.cli.screen import print_notes
+from compress.cli.screen import print_json, print_notes
 from compress.errors import ExitCode, InvalidInput
 
 
@@ -29,7 +28,7 @@ def check(
     found = check_file(pipeline)
     print_notes(found.notes)
     if as_json:
-        print(json.dumps(found.to_json(), indent=1))
+        print_json(found.to_json())
         raise typer.Exit(ExitCode.INVALID_INPUT if found.problems else ExitCode.DONE)
     if found.problems:
         raise InvalidInput.of(found.problems)

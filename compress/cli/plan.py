@@ -62,10 +62,7 @@ def _as_json(step: Step, estimate: Estimate) -> dict[str, Any]:
         "state": _state(step), "hidden": step.node.hidden, "inputs": dict(step.node.inputs),
         "ingredients": step.ingredients,
         "num_hidden_layers": estimate.shape.num_hidden_layers, "parameters": estimate.shape.num_parameters,
-        "estimated": {
-            "size_mb": estimate.size_mb, "ram_mb": estimate.ram_mb, "disk_mb": estimate.disk_mb,
-            "seconds": estimate.seconds,
-        },
+        "estimated": estimate.figures(),
     }  # fmt: skip
 
 
@@ -74,14 +71,14 @@ def _told(news: News | None) -> dict[str, Any]:
 
 
 def _table(name: str, steps: tuple[Step, ...], estimates: dict[str, Estimate]) -> Table:
-    from compress.report.tables import Table
+    from compress.report.tables import Table, duration
 
     rows = []
     for step in steps:
         cost = estimates[step.id]
         size = (str(cost.shape.num_hidden_layers), f"{cost.shape.num_parameters / 1e6:.1f}")
         writes = f"{cost.size_mb:.0f}" if cost.size_mb else ""
-        spent = (f"{cost.ram_mb:.0f}", f"{cost.disk_mb:.0f}", _duration(cost.seconds))
+        spent = (f"{cost.ram_mb:.0f}", f"{cost.disk_mb:.0f}", duration(cost.seconds))
         rows.append((step.id, _state(step), *size, writes, *(("", "", "") if step.is_cached else spent)))
     columns = ("stage", "state", "layers", "params (M)", "≈ MB", "≈ RAM (MB)", "≈ disk (MB)", "≈ time")
     return Table(f"{name}: what each stage writes and needs; estimates are rough", columns, tuple(rows))
@@ -89,9 +86,3 @@ def _table(name: str, steps: tuple[Step, ...], estimates: dict[str, Estimate]) -
 
 def _state(step: Step) -> str:
     return "cached" if step.is_cached else "todo"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

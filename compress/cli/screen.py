@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import sys
-from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 from compress.errors import CompressError, InvalidInput, Problem
 from compress.stage import Progress, Reporter
@@ -20,8 +21,16 @@ if TYPE_CHECKING:
 
 
 def print_json(value: object) -> None:
-    """A result for programs."""
-    print(json.dumps(value, indent=1, sort_keys=True))
+    """A result for programs. What is no number (the standard error of one block) is null: JSON has no word for it."""
+    print(json.dumps(_finite(value), indent=1, sort_keys=True, allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(each) for key, each in value.items()}
+    return [_finite(each) for each in value] if isinstance(value, (list, tuple)) else value
 
 
 def print_table(table: Table) -> None:
@@ -33,7 +42,8 @@ def print_table(table: Table) -> None:
     for index, column in enumerate(table.columns):
         words = [word for row in table.rows for word in row[index].split()]
         shown.add_column(
-            column, justify="right" if index else "left", overflow="fold", min_width=max(map(len, words), default=0),
+            column, justify="right" if index >= table.num_words else "left", overflow="fold",
+            min_width=max(map(len, words), default=0),
             no_wrap=not index and len(words) <= len(table.rows),
         )  # fmt: skip
     for row in table.rows:

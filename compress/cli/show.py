@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 def show(run: RunArgument, runs: RunsOption = RUNS, json: JsonOption = False) -> None:
     """Show what a run measured: original and result side by side, the loss of each stage, the verdicts.
 
-    With --json: the whole of run.json, the figures by subject, and the folder to deploy.
+    With --json: the whole of run.json, the figures by subject, the folder to deploy and its graph's operators.
     """
     from compress.runner.record import load_record
 
@@ -28,20 +29,26 @@ def show(run: RunArgument, runs: RunsOption = RUNS, json: JsonOption = False) ->
 
 
 def as_json(record: RunRecord, run_dir: Path) -> dict[str, Any]:
-    """A run for programs: `run.json` with `figures` (by subject and name) and `deploy` (a path, or null)."""
+    """A run for programs: `run.json` with `figures` (by subject and name), `deploy` (a path, or null) and `operators`:
+    those of the deployed graph, a row for each matrix."""
     from compress.report.figures import figures_of
+    from compress.report.operators import deployed_operators
 
     deploy = None if record.deploy is None else str(run_dir / record.deploy.directory)
-    return {**record.model_dump(mode="json"), "figures": figures_of(record), "deploy": deploy}
+    operators = [asdict(use) for use in deployed_operators(run_dir, record)]
+    return {**record.model_dump(mode="json"), "figures": figures_of(record), "deploy": deploy, "operators": operators}
 
 
 def print_run(record: RunRecord, run_dir: Path) -> None:
     """A run for people."""
+    from compress.report.operators import operators_table
     from compress.report.tables import recall_table, result_table, stages_table
     from compress.runner.record import State
 
     print_table(result_table(record))
     print_table(stages_table(record))
+    if (operators := operators_table(run_dir, record)) is not None:
+        print_table(operators)
     if (recall := recall_table(record)) is not None:
         print_table(recall)
     for verdict in record.verdicts:

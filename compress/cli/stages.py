@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from textwrap import fill
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from compress.cli.screen import print_json
 from compress.errors import InvalidInput
 
 if TYPE_CHECKING:
@@ -27,19 +27,23 @@ def stages(
     """
     from compress.registry import did_you_mean, stage_class, stage_names
 
+    found: Any
     if matrix:
         from compress.pipeline.matrix import as_markdown, cells
 
-        found = cells()
-        print(json.dumps([cell.to_json() for cell in found], indent=1) if as_json else as_markdown(found))
+        found, text = [cell.to_json() for cell in cells()], as_markdown(cells())
     elif name is None:
-        described = [describe(stage_class(each)) for each in stage_names()]
-        print(json.dumps(described, indent=1) if as_json else "\n".join(_listing(described)))
+        found = [describe(stage_class(each)) for each in stage_names()]
+        text = "\n".join(_listing(found))
     elif name not in stage_names():
         raise InvalidInput(name, "there is no such stage", did_you_mean(name, stage_names()))
     else:
-        one = describe(stage_class(name))
-        print(json.dumps(one, indent=1) if as_json else "\n".join(_page(one)))
+        found = describe(stage_class(name))
+        text = "\n".join(_page(found))
+    if as_json:
+        print_json(found)
+    else:
+        print(text)
 
 
 def describe(cls: type[Stage]) -> dict[str, Any]:

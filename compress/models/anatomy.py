@@ -18,6 +18,8 @@ from compress.models.heads import BACKBONE, Head, Kind, architecture_of, named_h
 
 HYBRID = "hybrid_"
 """What the `model_type` of a converted model starts with; the rest is that of the model that was converted."""
+DTYPE_KEYS = ("dtype", "torch_dtype")
+"""What `config.json` calls the type of the weights; transformers 4 knows the second only."""
 
 
 _BUFFER = re.compile(
@@ -210,7 +212,7 @@ class ModelShape:
     `sliding_attention` or `linear_attention` for each layer, where the file has it.
     layers_guessed: of those two only the numbers are known yet, not which layers. attention_features: what the softmax
     attention has that no mixer can carry over, in the words of `config.json`. head: None where the file names no class
-    that is known. num_labels, problem_type: a classifier's.
+    that is known. num_labels, problem_type: a classifier's. bytes_per_weight: on disk.
     """
 
     family: Family
@@ -234,6 +236,7 @@ class ModelShape:
     head: Head | None = None
     num_labels: int = 2
     problem_type: str = ""
+    bytes_per_weight: float = 4.0
 
     @property
     def has_head(self) -> bool:
@@ -279,6 +282,16 @@ class ModelShape:
             )
             for own, spec in layers
         )
+
+    @property
+    def weight_bytes(self) -> float:
+        """Estimated bytes of the weights on disk."""
+        return self.bytes_per_weight * self.num_parameters
+
+    @property
+    def in_float32(self) -> ModelShape:
+        """The same with its weights stored in float32, as those are that were trained."""
+        return replace(self, bytes_per_weight=4.0)
 
     @property
     def num_parameters(self) -> int:
@@ -359,6 +372,7 @@ def shape_of(config: Mapping[str, Any], where: str = "model") -> ModelShape:
         head=named_head(architecture_of(config)),
         num_labels=_num_labels(config),
         problem_type=str(config.get("problem_type") or ""),
+        bytes_per_weight=2.0 if any(config.get(key) in ("bfloat16", "float16") for key in DTYPE_KEYS) else 4.0,
     )
     return replace(shape, layer_widths=_layer_widths(config, shape, where))
 

@@ -12,6 +12,7 @@ from compress.artifact import write_json
 from compress.errors import CompressError
 from compress.fetch.cache import recall
 from compress.models.anatomy import HYBRID, is_buffer
+from compress.models.dtypes import as_stored, declare_dtype, half_types
 from compress.models.folder import CARDS, COMPANIONS, VOCABULARIES, config_of, model_files, tensor_names
 from compress.models.heads import BACKBONE, architecture_of, lacks_pooler, named_head
 from compress.models.pretrained import read_folder
@@ -110,9 +111,18 @@ def _own_end(tokenizer: PreTrainedTokenizerBase, folder: Path) -> str:
 
 
 def save_model(model: PreTrainedModel, origin: Path, out: Path) -> None:
-    """Write `model` as safetensors to `out`, with the tokenizer, licence and card of `origin`."""
+    """Write `model` as safetensors to `out`, with the tokenizer, licence and card of `origin`.
+
+    A weight has the type of `origin`'s where that holds it exactly: see `compress.models.dtypes`.
+    """
     vars(model.config).pop("auto_map", None)  # of code that is not copied; a hybrid's class writes its own again
-    model.save_pretrained(out)
+    types = () if getattr(model, "hf_quantizer", None) else half_types(origin)
+    tensors = as_stored(model.state_dict(), types) if types else None
+    model.save_pretrained(out, state_dict=tensors)
+    if tensors is not None:
+        config = json.loads((out / "config.json").read_text("utf-8"))
+        declare_dtype(config, tensors.values())
+        write_json(out / "config.json", config)
     keep_rope_theta(out / "config.json")
     carry(origin, out)
 

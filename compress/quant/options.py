@@ -137,7 +137,7 @@ class QuantizeOptions(BaseModel):
         }  # fmt: skip
 
     def stored_bytes(self, model: ModelShape) -> float:
-        """Codes and scales of the layers and token tables of a quantised `model`, float32 for what else there is."""
+        """Codes and scales of the layers and token tables of a quantised `model`, and what else there is as floats."""
         choice, k, vocabulary = self.choice, model.hidden_size, model.vocab_size
         embedding, head = choice.of("", "embedding"), choice.of("", "head")
         sizes = [(choice.of(path, "projection"), n, k) for path, n, k in projections(model)]
@@ -146,7 +146,8 @@ class QuantizeOptions(BaseModel):
             sizes.append((head, vocabulary, k))
         quantised = [(scheme.bits_per_weight(k), n * k) for scheme, n, k in sizes if scheme]
         num_quantised = sum(size for _, size in quantised)
-        return sum(bits * size for bits, size in quantised) / 8 + 4.0 * (model.num_parameters - num_quantised)
+        floats = model.bytes_per_weight * (model.num_parameters - num_quantised)
+        return sum(bits * size for bits, size in quantised) / 8 + floats
 
     def problems(self, model: ModelShape) -> Iterator[Problem]:
         """What does not fit together, or does not fit `model`; `where` is the option's name."""

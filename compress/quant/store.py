@@ -2,9 +2,9 @@
 
 `X.weight` becomes `X.weight.codes`, `X.weight.scales` and, where there are any, `X.weight.zero_points`,
 `X.weight.input_scale` and `X.weight.input_zero_point`, all as `QTensor.pack` lays them out and as (output, input) also
-where the model has it transposed (GPT-2). Weights that stay float32 lie there as they are. A head tied to a quantised
-embedding is not stored: the embedding's codes serve both. config.json keeps all that it had, but for the `auto_map` of
-code that is not copied, and gains
+where the model has it transposed (GPT-2). Other weights lie there as they are, in the type that the model's source has
+where that holds them exactly. A head tied to a quantised embedding is not stored: the embedding's codes serve both.
+config.json keeps all that it had, but for the `auto_map` of code that is not copied, and gains
 
     "quantization_config": {"quant_method": "compress", "scheme": NAME, "symmetric": BOOL, "reduce_range": BOOL,
                             "tensors": {"X.weight": {"scheme": OTHER, "symmetric": BOOL, "in_features": K}}}
@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from compress.artifact import write_json
 from compress.errors import CompressError
 from compress.models.anatomy import family_of
+from compress.models.dtypes import as_stored, declare_dtype, half_types
 from compress.models.load import auto_class, carry, left_out
 from compress.models.pretrained import new_model, with_weights
 from compress.quant import bnb
@@ -50,6 +51,7 @@ def save_quantized(
     from safetensors.torch import save_file
 
     stored: dict[str, Tensor] = {}
+    floats: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, tensor in model.state_dict(keep_vars=True).items():
         if id(tensor) in seen:  # tied
@@ -58,11 +60,14 @@ def save_quantized(
         if name in tensors:
             stored |= {f"{name}.{part}": value for part, value in tensors[name].pack().items()}
         else:
-            stored[name] = tensor.detach().contiguous()
+            floats[name] = tensor.detach().contiguous()
+    floats = as_stored(floats, half_types(origin))
+    stored |= floats
     _refuse_nan(stored, out)
     save_file(stored, out / WEIGHTS, metadata={"format": "pt"})
     config = json.loads((origin / "config.json").read_text("utf-8"))
     config.pop("auto_map", None)  # a hybrid model's own code, which only a plain folder carries
+    declare_dtype(config, floats.values())
     reduced = any(not tensor.scheme.blockwise and tensor.scheme.bits < 8 for tensor in tensors.values())
     config[KEY] = {
         "quant_method": METHOD, "scheme": scheme.name, "symmetric": scheme.symmetric, "reduce_range": reduced,
@@ -74,6 +79,8 @@ def save_quantized(
 
 def read_quantized(folder: Path) -> tuple[dict[str, Any], dict[str, QTensor | Tensor]]:
     """`config.json` as it is, and every tensor by its name: QTensors under the names of the weights they stand for.
+
+    Floats are float32, however they are stored.
 
     Raises CompressError for a folder that is no quantised model or a damaged one, and for NaN or infinite values.
     """
@@ -97,7 +104,8 @@ def read_quantized(folder: Path) -> tuple[dict[str, Any], dict[str, QTensor | Te
         if part == "codes":
             tensors[base] = _unpacked(stored, declared, base, folder)
         elif f"{base}.codes" not in stored:
-            tensors[name] = stored[name]
+            plain = stored[name]
+            tensors[name] = plain.float() if plain.is_floating_point() else plain
     return config, tensors
 
 
@@ -141,7 +149,7 @@ def load_quantized_model(folder: Path, *, accuracy_level: int = 0) -> PreTrained
     with torch.device("meta"):
         architecture = type(new_model(auto, config))
     model, report = with_weights(
-        architecture, config, state, output_loading_info=True,
+        architecture, config, state, output_loading_info=True, dtype=torch.float32,
         ignore_mismatched_sizes=True,  # told below
         **left_out(plain, state),
     )  # fmt: skip

@@ -12,8 +12,6 @@ from compress.runner.record import RunRecord
 from compress.stage import SOURCE
 
 _LABELS = {
-    "parameters": ("parameters", "M"),
-    "size_mb": ("weights on disk", "MB"),
     "perplexity": ("perplexity", ""),
     "bits_per_byte": ("bits per byte of text", ""),
     "kl": ("KL to the source", "nats"),
@@ -21,16 +19,18 @@ _LABELS = {
     "cosine": ("cosine to the source", ""),
     "mqar": ("pairs recalled (MQAR) over", ""),
     "needle": ("needle found in", ""),
+    "size_mb": ("weights on disk", "MB"),
+    "parameters": ("parameters", "M"),
     "ttft_ms": ("first token, prompt of", "ms"),
     "prompt_tokens_per_s": ("prompt read, of", "tokens/s"),
     "tpot_ms": ("each token, after", "ms"),
     "latency_ms": ("whole forward pass, of", "ms"),
+    "peak_rss_mb": ("peak memory", "MB"),
     "state_mb": ("state of one sequence", "MB"),
     "kv_cache_mb": ("KV cache of one sequence of", "MB"),
-    "peak_rss_mb": ("peak memory", "MB"),
     "load_ms": ("load time", "ms"),
 }
-"""The figures that tables show, in this order: what they are called, and their unit."""
+"""The figures that tables show, in this order (quality, size, time, memory): what they are called, and their unit."""
 _SCALE = {"parameters": 1e-6}
 _STAGE_LABELS = {
     "parameters": "params (M)", "size_mb": "MB", "perplexity": "perplexity", "bits_per_byte": "bits/byte",
@@ -47,12 +47,16 @@ _NAME = re.compile(r"(?P<base>\w+?)(?:@(?P<tokens>\d+)(?P<rest>,batch=\d+)?)?")
 
 @dataclass(frozen=True)
 class Table:
-    """A title, a heading for each column, and rows of cells. The first column holds names, the others figures."""
+    """A title, a heading for each column, and rows of cells.
+
+    num_words: so many columns, the first ones, hold words; the others figures.
+    """
 
     title: str
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     note: str = ""
+    num_words: int = 1
 
 
 def result_table(record: RunRecord) -> Table:
@@ -72,12 +76,27 @@ def stages_table(record: RunRecord) -> Table:
     source = figures_of(record)[SOURCE]
     lines: list[tuple[str, Mapping[str, float], str]] = [(SOURCE, source, "")]
     for line in stage_lines(record):
-        seconds = "" if line.seconds is None else f"{line.seconds:.0f} s"
-        lines.append((line.stage.id, line.measured, seconds))
+        lines.append((line.stage.id, line.measured, duration(line.seconds)))
     names = [name for name in _STAGE_LABELS if any(name in values for _, values, _ in lines)]
     rows = tuple((id_, *(_value(values, name) for name in names), seconds) for id_, values, seconds in lines)
     title = _stages_title(names)
-    return Table(title, ("", *(_STAGE_LABELS[name] for name in names), "took"), rows)
+    note = "What each stage that writes a model made of it. Empty: not measured there."
+    return Table(title, ("", *(_STAGE_LABELS[name] for name in names), "took"), rows, note)
+
+
+def costs_table(record: RunRecord) -> Table:
+    """What each stage took, measurements and hidden ones too, beside what was estimated before."""
+    rows = [
+        (stage.id, duration(stage.seconds), duration(stage.estimated.get("seconds")), _megabytes(stage.peak_rss_mb),
+         _megabytes(stage.estimated.get("ram_mb")))
+        for stage in record.stages
+    ]  # fmt: skip
+    columns = ("", "took", "estimated", "peak memory (MB)", "estimated (MB)")
+    note = (
+        "As it was when the stage was computed, in this run or an earlier one. Peak memory: the most that the process "
+        "held during the stage, PyTorch and all else that was loaded included. Estimated: by `compress plan`, roughly."
+    )
+    return Table("time and memory of each stage", columns, tuple(rows), note)
 
 
 def _stages_title(names: Sequence[str]) -> str:
@@ -121,15 +140,17 @@ def comparison_table(first: RunRecord, second: RunRecord) -> Table:
 
 def as_markdown(table: Table) -> str:
     """The table in Markdown, figures aligned to the right."""
-    lines = ["| " + " | ".join(table.columns) + " |", "|---" + "|--:" * (len(table.columns) - 1) + "|"]
+    figures = len(table.columns) - table.num_words
+    lines = ["| " + " | ".join(table.columns) + " |", "|---" * table.num_words + "|--:" * figures + "|"]
     lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in table.rows]
     return "\n".join([*lines, *(["", table.note] if table.note else [])])
 
 
 def _judged_on(result: Mapping[str, float]) -> str:
+    note = "ratio: result / source"
     if "eval_tokens" not in result:
-        return ""
-    return f"quality: on {result['eval_tokens']:,.0f} tokens of the eval text, ± standard error over its blocks"
+        return note
+    return f"{note}; quality: on {result['eval_tokens']:,.0f} tokens of the eval text, ± standard error over its blocks"
 
 
 def _rows(figures: Figures, subjects: Sequence[str]) -> Iterable[tuple[str, tuple[str, ...]]]:
@@ -164,6 +185,19 @@ def _value(values: Mapping[str, float], name: str) -> str:
         return number(values[name] * scale)
     decimals = max(0, 1 - _exponent(error * scale))
     return f"{values[name] * scale:.{decimals}f} ± {error * scale:.{decimals}f}"
+
+
+def duration(seconds: float | None) -> str:
+    """`<1 s`, `42 s`, `7 min`, `2.5 h`; nothing of None."""
+    if seconds is None:
+        return ""
+    if seconds < 100:
+        return f"{seconds:.0f} s" if seconds >= 1 else "<1 s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def _megabytes(value: float | None) -> str:
+    return "" if value is None else f"{value:.0f}"
 
 
 def number(value: float) -> str:

@@ -44,17 +44,26 @@ class Estimate:
     disk_mb: float
     seconds: float
 
+    def figures(self) -> dict[str, float]:
+        """The numbers alone."""
+        return {"size_mb": self.size_mb, "ram_mb": self.ram_mb, "disk_mb": self.disk_mb, "seconds": self.seconds}
+
 
 def estimate(prepared: Prepared) -> dict[str, Estimate]:
     """Estimates of all steps by id, cached ones too."""
     shapes = {id: prepared.shape_of(id) for id in prepared.plan.sources}
-    bytes_of = {id: float(FP32_BYTES * shape.num_parameters) for id, shape in shapes.items()}
+    bytes_of = {id: shape.weight_bytes for id, shape in shapes.items()}
+    in_float32 = {id: shape.in_float32.weight_bytes for id, shape in shapes.items()}  # as a graph has what is no code
     found = {}
     for step in prepared.plan.steps:
-        before = shapes[step.node.inputs[INPUT]]
+        input = step.node.inputs[INPUT]
+        before = shapes[input]
         shape = step.stage.shape(before)
-        weight_bytes = step.stage.weight_bytes(shape, bytes_of[step.node.inputs[INPUT]])
-        if step.stage.returns == "measurement":
+        in_float32[step.id] = step.stage.weight_bytes(shape.in_float32, in_float32[input])
+        weight_bytes = step.stage.weight_bytes(shape, bytes_of[input])
+        if step.stage.returns == "onnx":
+            weight_bytes = in_float32[step.id]
+        elif step.stage.returns == "measurement":
             shape, weight_bytes = before, 0.0
         shapes[step.id], bytes_of[step.id] = shape, weight_bytes
         read = [bytes_of[of] for of in set(step.node.inputs.values()) if bytes_of[of]]

@@ -106,9 +106,10 @@ def _run(step: Step, plan: Plan, artifacts: Mapping[str, Artifact], setting: Set
     work.mkdir(parents=True, exist_ok=True)
     _clear(out, keep=CHECKPOINTS)
     context = StageContext(out, work, inputs, setting.data, setting.seed, setting.target, setting.reporter)
-    memory, start = PeakMemory(), time.perf_counter()
-    metrics = step.stage.run(context)
-    making = {"seconds": time.perf_counter() - start, "peak_rss_mb": memory.peak_mb()}
+    start = time.perf_counter()
+    with PeakMemory() as memory:
+        metrics = step.stage.run(context)
+        making = {"seconds": time.perf_counter() - start, "peak_rss_mb": memory.peak_mb()}
     _sync(out)
     artifact = finish(
         out, format=step.stage.returns, stage=step.stage.name, key=step.key,

@@ -41,7 +41,10 @@ class SourceRecord(_Record):
 
 
 class StageRecord(_Record):
-    """One stage of a run. `directory` is relative to the run's; `inputs` are node ids by role."""
+    """One stage of a run. `directory` is relative to the run's; `inputs` are node ids by role.
+
+    estimated: `ram_mb`, `seconds` and the like, as `compress plan` has them; empty in older records.
+    """
 
     id: str
     stage: str
@@ -53,6 +56,7 @@ class StageRecord(_Record):
     state: State = State.TODO
     seconds: float | None = None
     peak_rss_mb: float | None = None
+    estimated: Mapping[str, float] = {}
     metrics: Mapping[str, Mapping[str, float]] = {}
     error: str | None = None
 

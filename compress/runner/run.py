@@ -121,7 +121,9 @@ def closed(record: RunRecord, state: State, started: float) -> RunRecord:
 
 def first_record(prepared: Prepared, earlier: RunRecord | None) -> RunRecord:
     """What is known before anything runs."""
-    record = blank_record(prepared.pipeline, prepared.plan)
+    record, estimates = blank_record(prepared.pipeline, prepared.plan), estimate(prepared)
+    stages = [stage.model_copy(update={"estimated": estimates[stage.id].figures()}) for stage in record.stages]
+    record = record.model_copy(update={"stages": tuple(stages)})
     if earlier is not None and earlier.source.key == record.source.key:
         record = record.model_copy(update={"source": earlier.source, "twin": earlier.twin})
     return record

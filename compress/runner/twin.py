@@ -74,6 +74,7 @@ def write_twin(origin: Path, out: Path) -> Path:
     import torch
     import transformers
 
+    from compress.models.dtypes import half_types, round_to
     from compress.models.load import auto_class, left_out, save_model
     from compress.models.pretrained import new_model, read_folder
     from compress.vocab.small import small_vocabulary
@@ -89,6 +90,7 @@ def write_twin(origin: Path, out: Path) -> Path:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = new_model(auto, config, dtype=torch.float32, **left_out(config_dict, tensor_names(origin)))
+    round_to(model, half_types(origin))  # so that what is cut out of it is stored as of the model itself
     save_model(model, origin, out)
     if small:
         small.rewrite(out)

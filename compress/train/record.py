@@ -38,7 +38,9 @@ def plot_loss(train: Sequence[Entry], evaluations: Sequence[Entry], best_step: i
     )  # fmt: skip
     axes.axvline(best_step, color="grey", ls=":", label="kept")
     axes.set_xlabel("optimiser step")
-    axes.set_ylabel("loss (nats per token)")
+    axes.locator_params(axis="x", integer=True)
+    in_nats = any({"kl", "ce"} & entry.keys() for entry in evaluations)
+    axes.set_ylabel("loss (nats per token)" if in_nats else "loss")
     axes.legend()
     figure.savefig(file, dpi=120, metadata={"Software": None})
 

@@ -14,7 +14,8 @@ import onnx
 from onnx import GraphProto, NodeProto, TensorProto, helper, numpy_helper
 
 from compress.exports.onnx.attention import CACHE_SCALES, QUANTISED_CACHE
-from compress.exports.onnx.graph import MODEL_FILE, with_subgraphs
+from compress.exports.onnx.graph import MODEL_FILE
+from compress.runtime.graphs import with_subgraphs
 
 EXACT_FILE = "model.exact.onnx"
 FLOAT_CACHE_FILE = "model.float_cache.onnx"

@@ -14,6 +14,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
+from compress.runtime.graphs import with_subgraphs
+
 MODEL_FILE = "model.onnx"
 DATA_FILE = "model.onnx.data"
 MICROSOFT = "com.microsoft"
@@ -196,15 +198,6 @@ def as_model(graph: onnx.GraphProto) -> onnx.ModelProto:
     domains = {node.domain for node in nodes} - {""}
     opsets = [helper.make_opsetid("", opset), *(helper.make_opsetid(domain, 1) for domain in sorted(domains))]
     return helper.make_model(graph, opset_imports=opsets, ir_version=ir_version, producer_name="compress")
-
-
-def with_subgraphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
-    """The graph and every one inside it: bodies of loops, branches."""
-    yield graph
-    for node in graph.node:
-        for attribute in node.attribute:
-            if attribute.type == onnx.AttributeProto.GRAPH:
-                yield from with_subgraphs(attribute.g)
 
 
 def _two_a_byte(codes: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -44,6 +44,7 @@ class ChooseFormat(ChooseOptions, Stage):
     summary: ClassVar[str] = "measure quantised formats on this machine and take the fastest that is good enough"
     accepts: ClassVar[frozenset[Format]] = frozenset({"torch"})
     returns: ClassVar[Format] = "onnx"
+    plots: ClassVar[Mapping[str, str]] = {"formats.png": "size, time and quality of each format"}
     measures_hardware: ClassVar[bool] = True
     libraries: ClassVar[frozenset[str]] = frozenset({"onnxruntime"})
     example: ClassVar[Mapping[str, Any]] = {"schemes": [FLOAT, "w4-block32"], "prompts": [64]}

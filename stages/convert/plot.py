@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from pathlib import Path
+from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 from compress.report.optional import drawing
@@ -29,7 +30,7 @@ def plot_scores(choice: Choice, path: Path) -> None:
         axes.set_yscale("log")
     axes.set_title(f"{len(choice.converted)} of {len(layers)} layers converted", loc="left", fontsize=11)
     axes.set_xlabel(f"layer  (scored on {choice.num_tokens:,} tokens)")
-    axes.set_ylabel(choice.measure, fontsize=8)
+    axes.set_ylabel(fill(choice.measure, 40), fontsize=8)
     axes.set_xticks(layers[:: 1 + len(layers) // 40])
     axes.grid(axis="y", alpha=0.25)
     _legend(axes)
@@ -47,6 +48,7 @@ def plot_alignment(aligned: Aligned, converted: Collection[int], path: Path) -> 
     axes.set_yscale("log")
     axes.set_title("alignment, one line a layer", loc="left", fontsize=11)
     axes.set_xlabel("optimiser step")
+    axes.locator_params(axis="x", integer=True)
     axes.set_ylabel("‖mixer − attention‖² / ‖attention‖²", fontsize=8)
     axes.grid(alpha=0.25)
     _legend(axes)
@@ -58,7 +60,7 @@ def _axes() -> tuple[Figure, Any]:
 
     figure = Figure(figsize=(9, 3.6), dpi=120, layout="constrained")
     axes: Any = figure.add_subplot()
-    axes.tick_params(labelsize=8)
+    axes.tick_params(which="both", labelsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_axisbelow(True)
     return figure, axes

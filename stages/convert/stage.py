@@ -59,6 +59,11 @@ class ConvertAttention(Stage):
     summary: ClassVar[str] = "give layers linear attention, Mamba-2 or a sliding window in place of softmax attention"
     accepts: ClassVar[frozenset[Format]] = frozenset({"torch"})
     returns: ClassVar[Format] = "torch"
+    plots: ClassVar[Mapping[str, str]] = {
+        "scores.png": "what converting each layer costs; the cheapest are converted",
+        "alignment.png": "how each layer's mixer came to say what its attention says",
+        "loss.png": "loss of the distillation; the dotted line is the step that is kept",
+    }
     splits: ClassVar[frozenset[Literal["train", "eval"]]] = frozenset({"train", "eval"})
     example: ClassVar[Mapping[str, Any]] = {"to": "linear", "convert": 1}
 
@@ -175,11 +180,12 @@ class ConvertAttention(Stage):
     def shape(self, model: ModelShape) -> ModelShape:
         """The model with mixers; in which of its layers is a guess where that is measured or drawn."""
         known = None if self.select == "random" else self.preselected(model, 0)
-        return converted_shape(model, known or self._spread(model), self.mixer(model), guessed=known is None)
+        mixed = converted_shape(model, known or self._spread(model), self.mixer(model), guessed=known is None)
+        return mixed.in_float32
 
     def weight_bytes(self, model: ModelShape, before: float) -> float:
-        """Every parameter in float32."""
-        return 4.0 * model.num_parameters
+        """Every parameter in float32: at most."""
+        return model.weight_bytes
 
     def forward_tokens(self, model: ModelShape) -> float:
         """Those of the trainings and of the choice, which runs half of the layers, on average, for each candidate."""

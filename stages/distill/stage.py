@@ -34,6 +34,7 @@ class Distill(TaughtOptions, Stage):
     summary: ClassVar[str] = "train the model towards a teacher, by default the source"
     accepts: ClassVar[frozenset[Format]] = frozenset({"torch"})
     returns: ClassVar[Format] = "torch"
+    plots: ClassVar[Mapping[str, str]] = {"loss.png": "loss; the dotted line is the step that is kept"}
     seeded: ClassVar[bool] = True
 
     def inputs(self) -> Mapping[str, Ref | OtherModel]:
@@ -53,6 +54,14 @@ class Distill(TaughtOptions, Stage):
     def twin(self) -> Self:
         """Two steps, and the pipeline's own random twin for a teacher."""
         return self.model_copy(update=self.twin_options())
+
+    def shape(self, model: ModelShape) -> ModelShape:
+        """The same model; a step of training is finer than types of two bytes, so that it is kept in float32."""
+        return model.in_float32
+
+    def weight_bytes(self, model: ModelShape, before: float) -> float:
+        """Every parameter in float32."""
+        return model.weight_bytes
 
     def run(self, context: StageContext) -> Metrics:
         """Train, and write the best weights with `history.json`, `loss.png` and `tensorboard/`."""

@@ -41,6 +41,7 @@ class PruneGroups(Stage):
     summary: ClassVar[str] = "cut heads, neurons and channels that the model needs least"
     accepts: ClassVar[frozenset[Format]] = frozenset({"torch"})
     returns: ClassVar[Format] = "torch"
+    plots: ClassVar[Mapping[str, str]] = {"groups.png": "share of the importance that stays in each layer"}
     example: ClassVar[Mapping[str, Any]] = {"keep": {"intermediate": 0.5}}
 
     keep: dict[Kind, Number | Share] | None = Field(
@@ -124,8 +125,8 @@ class PruneGroups(Stage):
         return widths.narrower(model, self._uniform(model, self._numbers(model)))
 
     def weight_bytes(self, model: ModelShape, before: float) -> float:
-        """Every parameter of the smaller model in float32."""
-        return 4.0 * model.num_parameters
+        """Every parameter of the smaller model, in the type that it had."""
+        return model.weight_bytes
 
     def twin(self) -> Self:
         """Shares in place of the numbers that a narrow twin has not, scored on four short blocks.

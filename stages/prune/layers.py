@@ -30,6 +30,7 @@ class PruneLayers(Stage):
     summary: ClassVar[str] = "leave out the layers that the model misses least"
     accepts: ClassVar[frozenset[Format]] = frozenset({"torch"})
     returns: ClassVar[Format] = "torch"
+    plots: ClassVar[Mapping[str, str]] = {"scores.png": "what leaving out each layer costs; the cheapest are dropped"}
     example: ClassVar[Mapping[str, Any]] = {"drop": 1}
 
     keep: Layers | None = Field(None, description="layers to keep: a number, a share (0.8) or a list of indices from 0")
@@ -101,8 +102,8 @@ class PruneLayers(Stage):
         return model.of_layers([index for index in range(total) if (index in asked) == (option == "keep")])
 
     def weight_bytes(self, model: ModelShape, before: float) -> float:
-        """Every parameter of the smaller model in float32."""
-        return 4.0 * model.num_parameters
+        """Every parameter of the smaller model, in the type that it had."""
+        return model.weight_bytes
 
     def twin(self) -> Self:
         """Keeps one layer, scored on four short blocks."""

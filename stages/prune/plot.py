@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from textwrap import fill
 
 from compress.report.optional import drawing
 from compress.stages.prune.scores import Choice
@@ -33,10 +34,10 @@ def plot_scores(choice: Choice, num_layers: int, path: Path) -> None:
     title = f"{len(choice.dropped)} of {num_layers} layers dropped: {dropped}"
     axes.set_title(title, loc="left", fontsize=11, wrap=True)
     axes.set_xlabel(f"layer  (scored on {choice.num_tokens:,} tokens)")
-    axes.set_ylabel(choice.measure, fontsize=8)
+    axes.set_ylabel(fill(choice.measure, 40), fontsize=8)
     axes.set_xticks(range(0, num_layers, 1 + num_layers // 40))
     axes.set_xlim(-0.7, num_layers - 0.3)
-    axes.tick_params(labelsize=8)
+    axes.tick_params(which="both", labelsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.25)
     axes.set_axisbelow(True)
@@ -59,9 +60,10 @@ def plot_shares(shares: Mapping[str, Sequence[float]], measure: str, path: Path)
             axes.plot(range(len(values)), [100 * value for value in values], "o-", markersize=3.5, label=label)
     axes.set_title(f"Importance that stays: {measure}", loc="left", fontsize=11)
     axes.set_xlabel("layer")
+    axes.locator_params(axis="x", integer=True)
     axes.set_ylabel("share of the sum of scores, %", fontsize=8)
     axes.set_ylim(0, 104)
-    axes.tick_params(labelsize=8)
+    axes.tick_params(which="both", labelsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.25)
     axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))

@@ -33,6 +33,7 @@ class Qat(TaughtOptions, QuantizeOptions, Stage):
     summary: ClassVar[str] = "train through the quantisation (straight-through, LSQ), towards a teacher"
     accepts: ClassVar[frozenset[Format]] = frozenset({"torch"})
     returns: ClassVar[Format] = "quantized"
+    plots: ClassVar[Mapping[str, str]] = {"loss.png": "loss; the dotted line is the step that is kept"}
     seeded: ClassVar[bool] = True
 
     learn: Literal["weights", "scales", "both"] = Field(
@@ -112,6 +113,10 @@ class Qat(TaughtOptions, QuantizeOptions, Stage):
             (scheme, self.model_copy(update={"tokens": num * tokens}))
             for scheme, num in zip(schemes, steps, strict=True)
         ]
+
+    def shape(self, model: ModelShape) -> ModelShape:
+        """The same model; what is trained and stays floats is kept in float32."""
+        return model.in_float32
 
     def weight_bytes(self, model: ModelShape, before: float) -> float:
         """What is written with these options."""

@@ -29,9 +29,11 @@ def plot_errors(errors: Mapping[str, float], rounding: Mapping[str, float], path
         for kind, by_layer in _by_kind(values).items():
             axes.plot(list(by_layer), list(by_layer.values()), "o-", markersize=3, linewidth=1, label=kind)
         axes.set_yscale("log")
+        axes.set_title(f"error {label}", loc="left", fontsize=11)
         axes.set_xlabel("layer")
-        axes.set_ylabel(f"relative error\n{label}", fontsize=8)
-        axes.tick_params(labelsize=8)
+        axes.locator_params(axis="x", integer=True)
+        axes.set_ylabel("relative mean square error", fontsize=8)
+        axes.tick_params(which="both", labelsize=8)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", alpha=0.25)
         axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))

@@ -29,6 +29,7 @@ class Quantize(QuantizeOptions, Stage):
     summary: ClassVar[str] = "store weights as 2-, 4- or 8-bit codes, fitted to least output error"
     accepts: ClassVar[frozenset[Format]] = frozenset({"torch"})
     returns: ClassVar[Format] = "quantized"
+    plots: ClassVar[Mapping[str, str]] = {"errors.png": "what rounding does to the output of each projection"}
 
     scheme: SchemeKey | bnb.BnbScheme = Field(  # type: ignore[assignment]  # more than what can be trained
         "w4-block32",

@@ -75,8 +75,8 @@ class ReduceVocab(Stage):
         return replace(model, vocab_size=self.keep or math.ceil(_GUESSED_SHARE * model.vocab_size))
 
     def weight_bytes(self, model: ModelShape, before: float) -> float:
-        """Every parameter of the smaller model in float32."""
-        return 4.0 * model.num_parameters
+        """Every parameter of the smaller model, in the type that it had."""
+        return model.weight_bytes
 
     def forward_tokens(self, model: ModelShape) -> float:
         """None: tokens are counted, and no model reads them."""

@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import io
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import IO, Any
 
 import fakes
 import pytest
-
-from compress.benchmarks import report
-from compress.benchmarks.contest import Measured
 
 Call = Callable[..., tuple[int, str]]
 
@@ -35,27 +30,6 @@ VERBS: dict[str, tuple[str, ...]] = {
     "help": ("--help",),
     "version": ("--version",),
 }
-MACHINE = {
-    "cpu": "a CPU", "threads": 1, "cpus": [0], "load_average": None, "versions": {}, "busy_percent": 0.0,
-    "governor": None, "runtime": "ort",
-}  # fmt: skip
-
-
-@pytest.fixture
-def here(a_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working directory in which every verb has something to do; what is measured is made up."""
-    monkeypatch.chdir(tmp_path)
-    for name in ("model", "text", "runs"):
-        (tmp_path / name).symlink_to(a_run / name)
-    shutil.copyfile(a_run / "pipeline.yaml", tmp_path / "pipeline.yaml")
-    (tmp_path / "onnx").mkdir()
-    (tmp_path / "onnx/model.onnx").write_bytes(b"onnx")
-    one = Measured("decoder", 1.0, 1.0, True, 2.0, {"ttft_ms@128": [[1.0]] * 3, "tpot_ms@128": [[2.0]] * 3})
-    found = report.assemble({"onnx": one}, MACHINE, {"onnx": tmp_path / "onnx"})
-    monkeypatch.setattr("compress.benchmarks.latency.race", lambda *_, **__: found)
-    judged = SimpleNamespace(result=lambda: {"perplexity": 7.0, "perplexity_se": 0.1}, num_predictions_N=[8, 8])
-    monkeypatch.setattr("compress.benchmarks.judging.judge", lambda *_, **__: judged)
-    return tmp_path
 
 
 @pytest.fixture

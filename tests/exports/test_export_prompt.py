@@ -16,12 +16,12 @@ from exporting import export, genai_tokens, quantised
 from compress.data.config import DataConfig
 from compress.data.text import TextData
 from compress.exports.onnx import FEW, prompt
-from compress.exports.onnx.graph import with_subgraphs
 from compress.exports.onnx.stage import ExportOnnx
 from compress.models.anatomy import shape_of
 from compress.quant.qtensor import QTensor
 from compress.quant.schemes import SCHEMES
 from compress.quant.store import read_quantized
+from compress.runtime.graphs import with_subgraphs
 from compress.runtime.session import OnnxModel
 from compress.stage import INPUT, Given
 from compress.stages.distill.stage import Distill

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from compress.registry import stage_class, stage_names
 from compress.report.optional import drawing
 
 ROOT = Path(__file__).parents[2]
@@ -56,6 +58,13 @@ def test_every_plot_of_a_stage_is_optional() -> None:
     found = {name: [ast.unparse(one) for one in node.decorator_list] for name, node, _ in drawers()}
     assert len(found) >= 7
     assert {name for name, decorators in found.items() if "drawing" not in decorators} == set()
+
+
+def test_every_plot_of_a_stage_has_a_caption() -> None:
+    files = [*(ROOT / "stages").rglob("*.py"), *(ROOT / "compress/train").glob("*.py"), ROOT / "benchmarks/latency.py"]
+    drawn = {name for file in files for name in re.findall(r'/ "(\w+\.png)"', file.read_text("utf-8"))}
+    assert len(drawn) >= 6
+    assert drawn == {name for stage in stage_names() for name in stage_class(stage).plots}
 
 
 def test_no_import_of_matplotlib_ends_a_stage() -> None:

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from compress import __version__, registry
 from compress.cli.main import app
-from compress.errors import InvalidInput
+from compress.errors import ExitCode, InvalidInput
 
 
 @pytest.fixture(autouse=True)
@@ -109,8 +109,37 @@ def test_the_report_holds_all_it_shows() -> None:
     assert "fake-shrink: {}" in html
     markdown = Path("runs/pico/report.md").read_text()
     assert "| perplexity | 8.00 ± 0.20 | 12.00 ± 0.25 | 1.5× |" in markdown
-    assert "![plots/quality.png](plots/quality.png)" in markdown
+    caption = "Quality after each stage where it was measured, with standard errors; lower is better"
+    assert f"![{caption}](plots/quality.png)\n\n*{caption}.*" in markdown
+    assert f"<figcaption>{caption}.</figcaption>" in html
     assert Path("runs/pico/plots/quality.png").stat().st_size > 5000
+
+
+def test_the_report_begins_with_the_result_and_its_headings_are_words() -> None:
+    fakes.make_pipeline(Path.cwd(), Path.cwd() / "model", require={"perplexity": "<= 2x source", "tpot_ms@128": "<= 1"})
+    assert CliRunner().invoke(app, ["run", "pipeline.yaml", "--no-twin"]).exit_code == ExitCode.REQUIREMENT_MISSED
+    markdown = Path("runs/pico/report.md").read_text()
+    headings = [line.removeprefix("## ") for line in markdown.splitlines() if line.startswith("## ")]
+    assert headings == ["Result", "Requirements", "After each stage", "Time and memory", "Plots", "Circumstances"]
+    assert "1 of 2 met.\n\n- perplexity 12, required" in markdown
+    html = Path("runs/pico/report.html").read_text()
+    assert html.count("<h2>") == len(headings) + 1, "and the pipeline"
+    assert html.count('<li class="missed">tpot_ms@128 5') == 1
+    rows = [line.split(" | ")[0] for line in markdown.splitlines() if line.startswith("| ")]
+    shown = ("| perplexity", "| weights on disk (MB)", "| each token, after 128 (ms)")
+    assert [row for row in rows if row in shown] == [*shown], "quality, size, time"
+
+
+def test_the_report_holds_each_stages_time_and_memory_beside_what_was_estimated() -> None:
+    run()
+    shown = from_json("show", "pico")
+    planned = {stage["id"]: stage["estimated"] for stage in from_json("plan", "pipeline.yaml", "--no-twin")["stages"]}
+    assert {stage["id"]: stage["estimated"] for stage in shown["stages"]} == planned
+    markdown = Path("runs/pico/report.md").read_text()
+    for stage in shown["stages"]:
+        assert stage["peak_rss_mb"] > 20
+        memory = f"{stage['peak_rss_mb']:.0f} | {stage['estimated']['ram_mb']:.0f} |"
+        assert f"| {stage['id']} | <1 s | {stage['estimated']['seconds']:.0f} s | {memory}" in markdown
 
 
 def test_version() -> None:
