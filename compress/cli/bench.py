@@ -37,10 +37,13 @@ def bench(
     """
     from compress.cli.screen import print_json, print_line, print_table, reporting
     from compress.hardware import check_threads
+    from compress.models.files import adapter_problem
 
     for folder in folders:
         if not any(folder.glob("*.onnx")):
             raise InvalidInput(str(folder), "has no ONNX model", "name a folder with a .onnx file")
+        if problem := adapter_problem(folder):
+            raise InvalidInput(str(folder), *problem)
     lengths, batch_sizes = _counts(prompts, "--prompts"), _counts(batch, "--batch")
     check_threads(threads, "--threads")
     _check_installed(runtime, plot)

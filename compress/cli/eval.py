@@ -47,11 +47,14 @@ def evaluate(
     """
     from compress.cli.screen import print_json, print_table, reporting
     from compress.hardware import check_threads
+    from compress.models.folder import files_problem
     from compress.report.tables import Table
 
     for place in filter(None, (folder, against)):
         if not place.is_dir():
             raise InvalidInput(str(place), "is no directory", "name a folder with a model")
+        if problem := files_problem(place):
+            raise InvalidInput(str(place), *problem)
 
     check_threads(threads, "--threads")
     asked = _recall(tuple(recall), folder) if recall else None

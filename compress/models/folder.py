@@ -11,6 +11,7 @@ from compress.errors import CompressError
 from compress.fetch import cache
 from compress.fetch.cache import recall
 from compress.models.anatomy import kind_of
+from compress.models.files import adapter_problem
 from compress.models.heads import BACKBONE, architecture_of, misfit, named_head
 from compress.models.pooling import MODULES, read_pooling
 from compress.models.stored import names_in
@@ -42,6 +43,8 @@ def folder_problem(folder: Path, readable: Collection[str] = ()) -> tuple[str, s
 
     readable: the methods of quantisation (`bitsandbytes`) whose weights the reader can do with.
     """
+    if problem := files_problem(folder):
+        return problem
     config = recall(folder / "config.json")
     if not isinstance(config, dict):
         return "has no readable config.json", "name the folder that save_pretrained wrote"
@@ -67,6 +70,11 @@ def folder_problem(folder: Path, readable: Collection[str] = ()) -> tuple[str, s
     except CompressError as error:
         return error.problem.what, error.problem.fix
     return misfit(config, kind, tensor_names(folder)) if kind else None
+
+
+def files_problem(folder: Path) -> tuple[str, str] | None:
+    """As `folder_problem`, of the files alone, whatever format the model in the folder is of."""
+    return adapter_problem(folder)
 
 
 def weight_names(folder: Path) -> list[str]:

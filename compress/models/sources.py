@@ -217,13 +217,14 @@ class HubSource(Source):
         return {"commit": folder.name} if folder else {}
 
     def fetch(self, reporter: Reporter | None = None) -> Path:
-        folder = self._fetched()
-        if folder is None:
+        known = self._fetched()
+        if known is None:
             _log(reporter, f"fetching {self.text} from the hub")
-            folder = self._snapshot()
-            problem = folder_problem(folder)
-            if problem:
-                raise CompressError(self.text, *problem)
+        folder = known or self._snapshot()
+        problem = folder_problem(folder)
+        if problem:
+            raise CompressError(self.text, *problem)
+        if known is None:
             files = {file.relative_to(folder).as_posix(): file.stat().st_size for file in _read_of(folder)}
             remember(self._memo, {"folder": str(folder), "files": files})
         return folder
