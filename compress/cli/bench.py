@@ -11,6 +11,8 @@ import typer
 from compress.errors import InvalidInput
 
 PLOTS = (".png", ".svg", ".pdf")
+GRAPHS = ("*.onnx", "*.onnx[._]data", "*.data", "*config.json")
+"""What is read of a folder, as far as names tell it: a graph names the files of its weights itself."""
 
 
 def bench(
@@ -37,12 +39,12 @@ def bench(
     """
     from compress.cli.screen import print_json, print_line, print_table, reporting
     from compress.hardware import check_threads
-    from compress.models.files import adapter_problem
+    from compress.models.files import adapter_problem, link_problem
 
     for folder in folders:
         if not any(folder.glob("*.onnx")):
             raise InvalidInput(str(folder), "has no ONNX model", "name a folder with a .onnx file")
-        if problem := adapter_problem(folder):
+        if problem := adapter_problem(folder) or link_problem(folder, GRAPHS):
             raise InvalidInput(str(folder), *problem)
     lengths, batch_sizes = _counts(prompts, "--prompts"), _counts(batch, "--batch")
     check_threads(threads, "--threads")

@@ -11,7 +11,7 @@ from compress.errors import CompressError
 from compress.fetch import cache
 from compress.fetch.cache import recall
 from compress.models.anatomy import kind_of
-from compress.models.files import adapter_problem
+from compress.models.files import adapter_problem, link_problem, stays_inside
 from compress.models.heads import BACKBONE, architecture_of, misfit, named_head
 from compress.models.pooling import MODULES, read_pooling
 from compress.models.stored import names_in
@@ -54,10 +54,6 @@ def folder_problem(folder: Path, readable: Collection[str] = ()) -> tuple[str, s
             return "holds its weights as pickles only, which can run code", "save it as safetensors where you trust it"
         what = f"has no .safetensors weights: neither {WEIGHTS} nor {INDEX}"
         return what, "name the folder that save_pretrained wrote"
-    shards = indexed(folder)
-    missing = [name for name in shards if not (_stays_inside(name) and (folder / name).is_file())]
-    if missing:
-        return f"lacks {missing[0]}, one of its {len(shards)} weight files", "copy or fetch it again"
     quantization = config.get("quantization_config")
     method = quantization.get("quant_method", "an unknown method") if quantization else None
     if method not in (None, *readable):
@@ -73,8 +69,20 @@ def folder_problem(folder: Path, readable: Collection[str] = ()) -> tuple[str, s
 
 
 def files_problem(folder: Path) -> tuple[str, str] | None:
-    """As `folder_problem`, of the files alone, whatever format the model in the folder is of."""
-    return adapter_problem(folder)
+    """As `folder_problem`, of the files alone: of a folder of ours, whatever its format, too."""
+    shards = indexed(folder)
+    inside = [name for name in shards if stays_inside(name)]
+    modules = module_folders(folder) or ["1_Pooling"]
+    parts = [f"{module}/{name}" for module in modules for name in _MODULE_FILES]
+    read = (*CONTENT, *CARDS, WEIGHTS, *inside, "additional_chat_templates", *modules, *parts)
+    if problem := adapter_problem(folder) or link_problem(folder, read):
+        return problem
+    if outside := sorted({*shards} - {*inside}):
+        return f"has weights outside of it: {outside[0]} ({INDEX})", "name a file in the folder, and put it there"
+    missing = [name for name in shards if not (folder / name).is_file()]
+    if missing:
+        return f"lacks {missing[0]}, one of its {len(shards)} weight files", "copy or fetch it again"
+    return None
 
 
 def weight_names(folder: Path) -> list[str]:
@@ -120,7 +128,7 @@ def module_folders(folder: Path) -> list[str]:
     """The folders beside the backbone that sentence-transformers' `modules.json` names: `1_Pooling`, `2_Dense`."""
     modules = recall(folder / MODULES)
     named = [module.get("path") for module in modules if isinstance(module, dict)] if isinstance(modules, list) else []
-    inside = {PurePosixPath(path) for path in named if isinstance(path, str) and _stays_inside(path)}
+    inside = {PurePosixPath(path) for path in named if stays_inside(path)}
     return sorted(str(path) for path in inside - {PurePosixPath()})
 
 
@@ -140,8 +148,3 @@ def _is_own(file: Path, folder: Path) -> bool:
     root = folder.resolve()
     places = (root, root.parents[1] / "blobs") if root.parent.name == "snapshots" else (root,)
     return any(file.resolve().is_relative_to(place) for place in places)
-
-
-def _stays_inside(name: str) -> bool:
-    path = PurePosixPath(name)
-    return not path.is_absolute() and ".." not in path.parts and "\\" not in name

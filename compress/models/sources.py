@@ -84,6 +84,8 @@ def parse_source(
         if problem:
             raise InvalidInput(where, f"{text!r} {problem[0]}", problem[1])
         return FolderSource(text, path, tuple(readable))
+    if os.path.islink(path):
+        raise InvalidInput(where, f"{text!r} is a link to nothing: → {os.readlink(path)}", f"name {_KINDS}")
     match = _HUB_ID.fullmatch(text)
     if match and path.suffix != ".gguf" and not text.startswith((".", "~")):
         return HubSource(text, match["repo"], match["revision"])

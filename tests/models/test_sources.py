@@ -224,7 +224,8 @@ def test_a_folder_that_can_not_be_used_is_refused(harm: Callable[[Path], None], 
 
 
 def _pipeline(model: Path, teacher: Path, to: Path) -> Path:
-    to.write_text(f"name: x\nmodel: {model}\nstages: [{{distill: {{teacher_model: {teacher}}}}}]\ndata: {{train: python-docs, eval: python-docs}}\n")
+    stages = f"stages: [{{distill: {{teacher_model: {teacher}}}}}]"
+    to.write_text(f"name: x\nmodel: {model}\n{stages}\ndata: {{train: python-docs, eval: python-docs}}\n")
     return to
 
 
