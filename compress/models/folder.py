@@ -21,6 +21,7 @@ INDEX = "model.safetensors.index.json"
 VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "*.model", "*.spm", "*.tiktoken", "tekken.json")
 """Each of them makes a tokenizer: `tokenizer.model`, `spiece.model`, `sentencepiece.bpe.model` and so on."""
 LICENCES = ("[Ll][Ii][Cc][Ee][Nn][CcSs][Ee]*", "COPYING*", "NOTICE*", "USE_POLICY*")
+GENERATION = "generation_config.json"
 VOCABULARY = "vocabulary.json"
 """Which tokens of its source a model with a smaller vocabulary has: `reduce-vocab` writes it."""
 CARDS = (*LICENCES, "README.md")
@@ -29,7 +30,7 @@ COMPANIONS = (
     *VOCABULARIES, "tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json",
     "chat_template*", "additional_chat_templates/*.jinja",
     "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
-    "generation_config.json", VOCABULARY, MODULES, "sentence_bert_config.json", "config_sentence_transformers.json",
+    GENERATION, VOCABULARY, MODULES, "sentence_bert_config.json", "config_sentence_transformers.json",
 )  # fmt: skip
 """What transformers and sentence-transformers read beside config.json and the weights. It travels with every artifact,
 as does what `modules.json` names."""
@@ -48,6 +49,8 @@ def folder_problem(folder: Path, readable: Collection[str] = ()) -> tuple[str, s
     config = recall(folder / "config.json")
     if not isinstance(config, dict):
         return "has no readable config.json", "name the folder that save_pretrained wrote"
+    if (folder / GENERATION).exists() and not isinstance(recall(folder / GENERATION), dict):
+        return f"has no readable {GENERATION}", "fetch it again, or take it away"
     named = weight_names(folder)
     if not named:
         if any(folder.glob("*.bin")):
