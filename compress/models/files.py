@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
+from typing import TypeGuard
 
 ADAPTER = "adapter_config.json"
 """peft's file, beside the weights of an adapter, that says what model they are to be added to."""
@@ -39,7 +40,7 @@ def link_problem(folder: Path, patterns: Iterable[str]) -> tuple[str, str] | Non
     return None
 
 
-def stays_inside(name: object) -> bool:
+def stays_inside(name: object) -> TypeGuard[str]:
     """Whether a file's name that a folder's JSON holds is one within that folder."""
     if not isinstance(name, str) or "\\" in name or "\0" in name:
         return False

@@ -31,9 +31,12 @@ if TYPE_CHECKING:
 
 def write_folder(
     context: StageContext, model: PreTrainedModel, described: Model, pooling: Pooling | None, *, fused: bool,
-    chunk_size: int | None,
+    chunk_size: int | None, max_length: int,
 ) -> str:  # fmt: skip
-    """Write everything that a deployment needs to `context.out`; optimum's name of the task."""
+    """Write everything that a deployment needs to `context.out`; optimum's name of the task.
+
+    chunk_size and max_length: of fused decoders, see `genai_config`.
+    """
     origin, out, family = context.input.path, context.out, described.shape.family
     activation = described.key("hidden_act")
     if activation not in ACTIVATIONS:
@@ -56,9 +59,13 @@ def write_folder(
     config = {key: value for key, value in context.input.config.items() if key not in left_out}
     write_json(out / "config.json", config)
     if fused and family.kind == "decoder" and _fits_genai(context, described):
-        told, notes = genai_config(described, recall(origin / GENERATION) or {}, context.target.threads, chunk_size)
+        generation = recall(origin / GENERATION) or {}
+        told, notes = genai_config(described, generation, context.target.threads, chunk_size, max_length)
         for note in notes:
             context.reporter.log.warning("%s: %s", GENERATION, note)
+        if max_length < described.shape.max_position_embeddings:
+            what = "onnxruntime-genai makes room for %d tokens of %d where it is told no length (max_length)"
+            context.reporter.log.info(what, max_length, described.shape.max_position_embeddings)
         write_json(out / "genai_config.json", told)
     return task
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from numbers import Real
 from typing import Any
 
 _SAMPLED: Mapping[str, object] = {"min_p": 0, "top_h": 1, "typical_p": 1, "epsilon_cutoff": 0, "eta_cutoff": 0}
@@ -33,8 +32,8 @@ def search_options(generation: Mapping[str, Any], vocab_size: int) -> tuple[dict
         value = generation.get(key)
         if value is None:
             return otherwise
-        kind = int if isinstance(otherwise, int) else Real
-        if isinstance(value, kind) and not isinstance(value, bool) and least <= value <= most and value != math.inf:
+        kinds = int if isinstance(otherwise, int) else (int, float)
+        if isinstance(value, kinds) and not isinstance(value, bool) and least <= value <= most and value != math.inf:
             return type(otherwise)(value)
         notes.append(f"{key}: {value!r} can't be, {otherwise} is taken")
         return otherwise

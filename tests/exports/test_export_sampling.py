@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,13 @@ import pytest
 from exporting import export
 
 from compress.errors import InvalidInput
+from compress.exports.onnx.genai import room
 from compress.exports.onnx.sampling import search_options
+from compress.exports.onnx.stage import ExportOnnx
+from compress.models.anatomy import shape_of
 from compress.models.sources import parse_source
-from pico import make_pico
+from compress.stage import INPUT, Given
+from pico import make_hybrid, make_pico
 
 GREEDY = {"do_sample": False, "num_beams": 1}
 SAMPLED = {"do_sample": True, "num_beams": 1, "temperature": 1.0, "top_k": 50, "top_p": 1.0}
@@ -125,3 +130,72 @@ def test_a_generation_config_that_is_none(text: str, pico: Callable[[str], Path]
     (source / "generation_config.json").write_text(text)
     with pytest.raises(InvalidInput, match=r"has no readable generation_config\.json; fetch it again"):
         parse_source(str(source))
+
+
+LLAMA_1B = {
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 2048, "intermediate_size": 8192,
+    "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "expected"),
+    [
+        ({}, {}, 16384),
+        ({}, {"kv_cache": "int8"}, 65536),
+        ({}, {"max_length": 131072}, 131072),
+        ({"max_position_embeddings": 8192}, {}, 8192),
+        ({"max_position_embeddings": 40}, {}, 40),
+        ({"num_hidden_layers": 15}, {}, 17408),
+        ({"num_hidden_layers": 4096}, {}, 256),
+        ({}, {"fused": False}, None),
+    ],
+)
+def test_there_is_room_for_what_a_gib_of_keys_and_values_holds(
+    changes: dict[str, Any], options: dict[str, Any], expected: int | None
+) -> None:
+    stage, shape = ExportOnnx(**options), shape_of(LLAMA_1B | changes)
+    assert list(stage.check(shape)) == []
+    assert stage.settled(Given(shape, {INPUT: "torch"})).get("max_length") == expected
+
+
+def test_a_mixers_state_takes_no_room(tmp_path: Path) -> None:
+    softmax, hybrid = (
+        shape_of(json.loads((make_hybrid("llama", tmp_path / name, mixers) / "config.json").read_text()))
+        for name, mixers in {"softmax": (None, None), "hybrid": ("linear", None)}.items()
+    )
+    long = [replace(shape, max_position_embeddings=1 << 30) for shape in (softmax, hybrid)]
+    assert room(long[1], num_bytes=4) == 2 * room(long[0], num_bytes=4)
+
+
+@pytest.mark.parametrize(
+    ("options", "model_type", "said"),
+    [
+        ({"max_length": 300}, "llama", "300 tokens, but the model reads at most 256"),
+        ({"max_length": 64, "fused": False}, "llama", "runs fused decoders"),
+        ({"max_length": 64}, "bert", "runs fused decoders"),
+    ],
+)
+def test_a_length_that_can_not_be(
+    options: dict[str, Any], model_type: str, said: str, pico: Callable[[str], Path]
+) -> None:
+    shape = shape_of(json.loads((pico(model_type) / "config.json").read_text()))
+    (problem,) = ExportOnnx(**options).check(shape)
+    assert problem.where == "max_length"
+    assert said in problem.what
+
+
+def test_the_room_is_what_the_folder_says(source: Path, tmp_path: Path) -> None:
+    import onnxruntime_genai as og
+
+    (source / "generation_config.json").write_text("{}")
+    export(source, tmp_path / "out", max_length=24)
+    config = json.loads((tmp_path / "out" / "genai_config.json").read_text())
+    assert (config["search"]["max_length"], config["model"]["context_length"]) == (24, 256)
+    generator = og.Generator(model := og.Model(str(tmp_path / "out")), og.GeneratorParams(model))
+    generator.append_tokens(np.arange(20, 28, dtype=np.int32))
+    while not generator.is_done():
+        generator.generate_next_token()
+    assert len(generator.get_sequence(0)) <= 24
+    assert len(draw(tmp_path / "out", 60)) > 24, "who gives a length has it"
