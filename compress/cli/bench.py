@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from compress.errors import InvalidInput
+from compress.errors import CompressError, InvalidInput
 
 PLOTS = (".png", ".svg", ".pdf")
 GRAPHS = ("*.onnx", "*.onnx[._]data", "*.data", "*config.json")
@@ -40,12 +40,17 @@ def bench(
     from compress.cli.screen import print_json, print_line, print_table, reporting
     from compress.hardware import check_threads
     from compress.models.files import adapter_problem, link_problem
+    from compress.runtime.session import graph_file
 
     for folder in folders:
         if not any(folder.glob("*.onnx")):
             raise InvalidInput(str(folder), "has no ONNX model", "name a folder with a .onnx file")
         if problem := adapter_problem(folder) or link_problem(folder, GRAPHS):
             raise InvalidInput(str(folder), *problem)
+        try:
+            graph_file(folder)
+        except CompressError as error:
+            raise InvalidInput.of([error.problem]) from error
     lengths, batch_sizes = _counts(prompts, "--prompts"), _counts(batch, "--batch")
     check_threads(threads, "--threads")
     _check_installed(runtime, plot)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -81,9 +80,10 @@ def _recall(contexts: tuple[int, ...], folder: Path) -> Recall:
     """The recall tasks over these contexts. Raises InvalidInput where the model in `folder` can't be asked."""
     from compress.benchmarks.recall import Recall
     from compress.models.anatomy import shape_of
+    from compress.models.folder import config_of
 
-    asked, config = Recall.model_validate({"contexts": contexts}), folder / "config.json"
-    problems = asked.problems(shape_of(json.loads(config.read_text("utf-8")))) if config.is_file() else ()
+    asked, config = Recall.model_validate({"contexts": contexts}), config_of(folder)
+    problems = asked.problems(shape_of(config)) if config else ()
     if found := [Problem(f"--recall {folder}", problem.what, problem.fix) for problem in problems]:
         raise InvalidInput.of(found)
     return asked

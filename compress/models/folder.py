@@ -36,6 +36,8 @@ COMPANIONS = (
 as does what `modules.json` names."""
 CONTENT = ("*.json", "*.txt", "*.jinja", *COMPANIONS)
 """What is read of a model's folder beside its weights: never a pickle, never code."""
+_OWN_WEIGHTS = "transformers_weights"
+"""A key of config.json by which transformers reads other weights than those that lie where they always do."""
 _MODULE_FILES = ("config.json", "*.safetensors")
 
 
@@ -80,6 +82,8 @@ def files_problem(folder: Path) -> tuple[str, str] | None:
     read = (*CONTENT, *CARDS, WEIGHTS, *inside, "additional_chat_templates", *modules, *parts)
     if problem := adapter_problem(folder) or link_problem(folder, read):
         return problem
+    if named := (config_of(folder) or {}).get(_OWN_WEIGHTS):
+        return f"has weights that config.json names ({_OWN_WEIGHTS}: {named!r})", f"call them {WEIGHTS}, and remove it"
     if outside := sorted({*shards} - {*inside}):
         return f"has weights outside of it: {outside[0]} ({INDEX})", "name a file in the folder, and put it there"
     missing = [name for name in shards if not (folder / name).is_file()]

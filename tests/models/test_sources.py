@@ -202,6 +202,11 @@ def _quantised(model: Path) -> None:
     (model / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "gptq"}}))
 
 
+def _with_weights_of_its_own(model: Path) -> None:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "transformers_weights": "other.safetensors"}))
+
+
 def _without_a_shard(model: Path) -> None:
     (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": "model-2.safetensors"}}))
 
@@ -215,6 +220,7 @@ def _without_a_shard(model: Path) -> None:
         (_with_broken_config, "no readable config.json"),
         (_quantised, r"quantised already \(gptq\)"),
         (_without_a_shard, "lacks model-2.safetensors"),
+        (_with_weights_of_its_own, "config.json names .transformers_weights: 'other.safetensors'"),
     ],
 )
 def test_a_folder_that_can_not_be_used_is_refused(harm: Callable[[Path], None], expected: str, model: Path) -> None:
