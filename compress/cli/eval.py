@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from compress.benchmarks.recall import Recall
 
 
+USUAL_LENGTH = 256
+
+
 def evaluate(
     folder: Annotated[
         Path, typer.Argument(metavar="FOLDER", help="A torch, quantised or ONNX model with its tokenizer.")
@@ -24,7 +27,9 @@ def evaluate(
         Path | None, typer.Option("--against", help="A second model to measure the distance from, on the same text.")
     ] = None,
     tokens: Annotated[int, typer.Option(min=8, help="Tokens to read, spread evenly over the text.")] = 8192,
-    sequence_length: Annotated[int, typer.Option(min=4, help="Tokens in one block, read on its own.")] = 256,
+    sequence_length: Annotated[
+        int | None, typer.Option(min=4, help="Tokens in one block, read on its own: 256, or all that a model reads.")
+    ] = None,
     recall: Annotated[
         list[int] | None,
         typer.Option(metavar="TOKENS", min=256, help="Also ask for recall over a context this long. Repeatable."),
@@ -59,8 +64,15 @@ def evaluate(
     asked = _recall(tuple(recall), folder) if recall else None
 
     from compress.benchmarks.judging import judge
+    from compress.benchmarks.latency import num_positions
     from compress.benchmarks.text import OneText
 
+    known = [limit for place in filter(None, (folder, against)) if (limit := num_positions(place))]
+    if sequence_length is None:
+        sequence_length = min([USUAL_LENGTH, *known])
+    elif sequence_length > min(known, default=sequence_length):
+        what = f"{sequence_length} tokens, but a model here reads at most {min(known)}"
+        raise InvalidInput("--sequence-length", what, f"at most {min(known)}")
     with reporting() as reporter:
         found = judge(
             folder, against, OneText(text),
