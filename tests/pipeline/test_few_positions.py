@@ -40,6 +40,7 @@ def short(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model that reads 32 tokens, in a folder with a text."""
     folder = tmp_path_factory.mktemp("short")
     make_pico("gpt2", folder / "model", num_hidden_layers=2, n_positions=32)
+    make_pico("llama", folder / "llama", num_hidden_layers=2, max_position_embeddings=32)
     for name in ("text", "other"):
         (folder / f"{name}.txt").write_text(text(len(name)))
     return folder
@@ -63,7 +64,6 @@ def test_text_is_read_as_far_as_the_model_does_unless_a_length_is_given(name: st
 
 
 def test_so_is_that_of_groups(short: Path) -> None:
-    make_pico("llama", short / "llama", num_hidden_layers=2, max_position_embeddings=32)
     stage = {"convert-attention": {"to": "linear", "distill": {"tokens": 1000}}}
     (node,) = graph(short, json.dumps([stage]), "llama").nodes
     found = node.stage.model_dump()
@@ -72,6 +72,14 @@ def test_so_is_that_of_groups(short: Path) -> None:
     stage["convert-attention"]["align"] = {"sequence_length": 64}
     with pytest.raises(InvalidInput, match=r"align\.sequence_length: 64 is more than the model's 32 positions"):
         graph(short, json.dumps([stage]), "llama")
+
+
+def test_so_are_blocks_that_layers_are_judged_on_where_nothing_is_aligned(short: Path) -> None:
+    shape = replace(shape_of(json.loads((short / "llama/config.json").read_text())), max_position_embeddings=32)
+    options = {"to": "linear", "align": None, "distill": {"tokens": 1000}, "keep": 1, "select": "kl-proxy"}
+    stage: Any = stage_class("convert-attention").model_validate({**options, "select_tokens": 64}).fitted(shape)
+    assert stage.align_options(shape).sequence_length == 32
+    assert list(stage.check(shape)) == []
 
 
 def test_a_model_of_many_positions_is_read_as_before(short: Path) -> None:
