@@ -81,8 +81,8 @@ def genai_config(
 
 
 def _said(*values: Any) -> Any:
-    """The first that is an id, or some."""
-    return next((value for value in values if value not in (None, [])), None)
+    """The first that is an id, or some; -1 is how some configs say that there is none."""
+    return next((value for value in values if value not in (None, [], -1)), None)
 
 
 def _first(ids: Any) -> int:

@@ -114,6 +114,7 @@ def test_genai_chooses_so(case: str, source: Path, tmp_path: Path) -> None:
         ({"eos_token_id": [3, 5], "pad_token_id": 7}, [3, 5], 7),
         ({"eos_token_id": [], "pad_token_id": None}, 0, 0),
         ({"eos_token_id": None}, 0, 0),
+        ({"eos_token_id": [3, 5], "pad_token_id": -1}, [3, 5], 0),
     ],
 )
 def test_several_end_tokens_or_none(
