@@ -11,6 +11,7 @@ from compress.artifact import Format, Metrics, write_json
 from compress.benchmarks.recall import Recall
 from compress.errors import Problem
 from compress.models.anatomy import ModelShape
+from compress.options import replaced
 from compress.stage import SOURCE, Given, Ref, Stage, StageContext, unjudged
 
 FIGURES = (
@@ -49,6 +50,11 @@ class Evaluate(Stage):
 
     def depends_on_cpu(self, given: Given) -> bool:
         return any(given.formats[role] == "onnx" for role in given.rounding)
+
+    def fitted(self, model: ModelShape) -> Self:
+        fitted = super().fitted(model)
+        recall = self.recall and self.recall.fitted(model)
+        return fitted if recall is self.recall else replaced(fitted, {"recall": recall})
 
     def check(self, model: ModelShape) -> Iterator[Problem]:
         yield from unjudged("", model)

@@ -7,12 +7,12 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from compress.errors import CompressError
 from compress.processes import run_program
+from compress.runtime.session import GENAI, genai_config
 
-CONFIG = "genai_config.json"
 _LIBRARY = "custom_ops_library"
 
 
@@ -22,22 +22,22 @@ def with_threads(folder: Path, threads: int, into: Path) -> Path:
     The files are links; only `genai_config.json` is another, because onnxruntime-genai takes one thread where it says
     nothing. Raises CompressError for a folder without one, and for one that names a library of its own to run.
     """
-    source = folder / CONFIG
+    source = folder / GENAI
     if not source.is_file():
         raise CompressError(
-            str(folder), f"has no {CONFIG}", "onnxruntime-genai needs one; measure it with --runtime ort"
+            str(folder), f"has no {GENAI}", "onnxruntime-genai needs one; measure it with --runtime ort"
         )
-    config: dict[str, Any] = json.loads(source.read_text("utf-8"))
+    config = genai_config(folder)
     if _LIBRARY in json.dumps(config):
         what = f"names a {_LIBRARY}: code that the folder brings, which is never run"
         raise CompressError(str(source), what, "measure a folder without one")
     into.mkdir(parents=True)
     for file in folder.iterdir():
-        if file.is_file() and file.name != CONFIG:
+        if file.is_file() and file.name != GENAI:
             _link(file.resolve(), into / file.name)
     options = config["model"]["decoder"].setdefault("session_options", {})
     options |= {"intra_op_num_threads": threads, "inter_op_num_threads": 1}
-    (into / CONFIG).write_text(json.dumps(config, indent=1), "utf-8")
+    (into / GENAI).write_text(json.dumps(config, indent=1), "utf-8")
     return into
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Protocol, Self
 
 from pydantic import Field
 
@@ -13,6 +13,7 @@ from compress.artifact import Format, Metrics, write_json
 from compress.benchmarks.contest import Budget, Runtime, Workload
 from compress.errors import Problem
 from compress.models.anatomy import ModelShape
+from compress.options import replaced
 from compress.stage import SOURCE, Ref, Reporter, Stage, StageContext
 from compress.units import UNKEPT, Units
 
@@ -58,6 +59,11 @@ class Latency(Stage):
     def inputs(self) -> Mapping[str, Ref]:
         return {name: Ref(SOURCE, via=(("export-onnx", {"format": _VIA[name]}),)) for name in self.baselines}
 
+    def fitted(self, model: ModelShape) -> Self:
+        generates = model.family.kind == "decoder"
+        changes = prompts_within(self, model.max_position_embeddings, generates=generates)
+        return replaced(super().fitted(model), changes)
+
     def check(self, model: ModelShape) -> Iterator[Problem]:
         new_tokens = self.new_tokens if model.family.kind == "decoder" else 0
         longest = max(self.prompts) + new_tokens
@@ -97,6 +103,34 @@ class Latency(Stage):
         if told := _faster_chunk(found):
             context.reporter.log.warning("latency: %s", told)
         return report.metrics(found)
+
+
+class Prompts(Protocol):
+    """Options that say which prompts are timed."""
+
+    @property
+    def prompts(self) -> tuple[int, ...]: ...
+
+    @property
+    def new_tokens(self) -> int: ...
+
+    @property
+    def model_fields_set(self) -> set[str]: ...
+
+
+def prompts_within(options: Prompts, positions: int, *, generates: bool) -> dict[str, Any]:
+    """What to put in place of defaults that a model of so many positions can't read: prompts that end where it does.
+
+    generates: whether new tokens follow, of which there are a quarter of the positions at most.
+    """
+    new_tokens, given = options.new_tokens, options.model_fields_set
+    changes: dict[str, Any] = {}
+    if generates and "new_tokens" not in given and new_tokens > max(positions // 4, 1):
+        changes["new_tokens"] = new_tokens = max(positions // 4, 1)
+    room = positions - new_tokens if generates else positions
+    if "prompts" not in given and max(options.prompts) > room > 0:
+        changes["prompts"] = tuple(sorted({min(tokens, room) for tokens in options.prompts}))
+    return changes
 
 
 def _faster_chunk(found: Mapping[str, Any]) -> str:

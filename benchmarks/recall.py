@@ -9,12 +9,17 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from compress.errors import Problem
 from compress.models.anatomy import ModelShape
+from compress.options import replaced
 
 _LINE_TOKENS = 4
 """Of an MQAR pair: key, colon, value, end of line."""
 _LEAST_TEXT = 16
 """Tokens of text between the pairs and the questions."""
 _FIRST_EDGE = 64
+
+
+SHORTEST = 128
+"""Tokens of the shortest context that holds the tasks."""
 
 
 class Recall(BaseModel):
@@ -27,7 +32,7 @@ class Recall(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    contexts: tuple[Annotated[int, Field(ge=128)], ...] = Field(
+    contexts: tuple[Annotated[int, Field(ge=SHORTEST)], ...] = Field(
         (256, 1024), min_length=1, description="context lengths, in tokens"
     )
     mqar_pairs: int = Field(16, ge=2, description="pairs of words that are stated and asked for in one MQAR context")
@@ -57,6 +62,13 @@ class Recall(BaseModel):
     def forward_tokens(self) -> int:
         """Tokens that each model reads."""
         return self.samples * (sum(self.contexts) * (1 + len(self.needle_depths)) + self.longest)
+
+    def fitted(self, model: ModelShape) -> Recall:
+        """The same, where nobody gave contexts, with none beyond the model's positions, if it has enough for one."""
+        positions = model.max_position_embeddings
+        if "contexts" in self.model_fields_set or not SHORTEST <= positions < self.longest:
+            return self
+        return replaced(self, {"contexts": tuple(sorted({min(context, positions) for context in self.contexts}))})
 
     def problems(self, model: ModelShape) -> Iterator[Problem]:
         """What does not fit `model`; `where` is the place in the stage's options."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -12,6 +11,7 @@ import numpy as np
 from compress.benchmarks.quality import Floats, Ints
 from compress.errors import CompressError
 from compress.models.anatomy import kind_of
+from compress.models.folder import config_of
 from compress.models.heads import Task, architecture_of, misfit, named_head
 from compress.models.pooling import Pooling, read_pooling
 
@@ -40,10 +40,11 @@ def task_of(folder: Path) -> Task:
 
     Raises CompressError for a head that is not judged here.
     """
-    config_file = folder / "config.json"
-    if not config_file.is_file():
+    if not (folder / "config.json").is_file():
         return "causal"
-    config = json.loads(config_file.read_text("utf-8"))
+    config = config_of(folder)
+    if config is None:
+        raise CompressError(str(folder), "has no readable config.json", "export or fetch it again")
     if problem := misfit(config, kind_of(config), ()):
         raise CompressError(str(folder), *problem)
     head = named_head(architecture_of(config))
@@ -99,6 +100,12 @@ def _onnx_scorer(folder: Path, task: Task, threads: int) -> Scorer:
     from compress.runtime.session import OnnxModel
 
     model = OnnxModel(folder, threads=threads)
+    if task == "causal" and not model.is_decoder and not (folder / "config.json").is_file():
+        what = "has a graph without a cache, and no config.json that says what it is for"
+        raise CompressError(str(folder), what, "put the config.json of the model that it was made from beside it")
+    if task == "causal" and len(model.shapes.get("logits", [""])) not in (0, 3):  # 0: it does not say
+        what = f"gives no logits of each token, but {', '.join(model.outputs[:3])}"
+        raise CompressError(str(folder), what, "is its config.json that of the graph?")
     pooling = (read_pooling(folder) if task == "embedding" else None) or Pooling()
 
     def score(ids_T: Ints, rows: Rows = _ALL) -> Floats:
@@ -116,7 +123,8 @@ def _onnx_scorer(folder: Path, task: Task, threads: int) -> Scorer:
 
 def _decoder_logits(model: OnnxModel, ids_T: Ints, rows_R: Ints) -> Floats:
     """The logits (R, V) after the tokens `rows_R`, which rise, read as a prompt is."""
-    found, past, chunk = [], None, model.chunk_size or _ONNX_TOKENS
+    chunk = model.chunk_size or _ONNX_TOKENS if model.is_decoder else len(ids_T)
+    found, past = [], None
     for start in range(0, len(ids_T), chunk):
         ids_1N = np.asarray(ids_T[None, start : start + chunk], np.int64)
         stop = start + ids_1N.shape[1]

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from compress.artifact import Artifact, Format, Metrics
 from compress.errors import Problem
 from compress.models.anatomy import ModelShape
-from compress.options import counted
+from compress.options import counted, limited
 
 if TYPE_CHECKING:
     from compress.data.text import TextData
@@ -191,6 +191,10 @@ class Stage(BaseModel, ABC):
     def inputs(self) -> Mapping[str, Ref | OtherModel]:
         """The artifacts read beside the input, by role."""
         return {}
+
+    def fitted(self, model: ModelShape) -> Self:
+        """The same for such a model: a default that is too long for it becomes what it reads; what is given stays."""
+        return limited(self, model.max_position_embeddings)
 
     def check(self, model: ModelShape) -> Iterator[Problem]:
         """What is wrong with these options for this model; `where` is the option's name alone (`keep`)."""

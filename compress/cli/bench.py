@@ -8,19 +8,25 @@ from typing import Annotated, Literal
 
 import typer
 
-from compress.errors import InvalidInput
+from compress.errors import CompressError, InvalidInput
 
 PLOTS = (".png", ".svg", ".pdf")
+GRAPHS = ("*.onnx", "*.onnx[._]data", "*.data", "*config.json")
+"""What is read of a folder, as far as names tell it: a graph names the files of its weights itself."""
 
 
 def bench(
     folders: Annotated[
         list[Path], typer.Argument(metavar="FOLDER...", help="Folders with an ONNX model, whoever made them.")
     ],
-    prompts: Annotated[str, typer.Option(metavar="N,N…", help="Prompt lengths in tokens.")] = "128,1024",
+    prompts: Annotated[
+        str | None, typer.Option(metavar="N,N…", help="Prompt lengths in tokens: 128,1024, as far as the models read.")
+    ] = None,
     batch: Annotated[str, typer.Option(metavar="N,N…", help="Batch sizes.")] = "1",
     threads: Annotated[int, typer.Option(min=1, help="Threads, pinned to as many CPUs.")] = 2,
-    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens decoded after each prompt.")] = 32,
+    new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens decoded after each prompt: 32, or fewer for a model of few.")
+    ] = None,
     repeats: Annotated[int, typer.Option(min=3, help="Rounds after the warm-up.")] = 10,
     max_seconds: Annotated[float, typer.Option(help="Begin no round that would end later, but run 3.")] = 120,
     runtime: Annotated[Literal["ort", "genai"], typer.Option(help="Bare ONNX Runtime, or onnxruntime-genai.")] = "ort",
@@ -37,27 +43,41 @@ def bench(
     """
     from compress.cli.screen import print_json, print_line, print_table, reporting
     from compress.hardware import check_threads
+    from compress.models.files import adapter_problem, link_problem
+    from compress.options import replaced
+    from compress.runtime.session import graph_file
 
     for folder in folders:
         if not any(folder.glob("*.onnx")):
             raise InvalidInput(str(folder), "has no ONNX model", "name a folder with a .onnx file")
-    lengths, batch_sizes = _counts(prompts, "--prompts"), _counts(batch, "--batch")
+        if problem := adapter_problem(folder) or link_problem(folder, GRAPHS):
+            raise InvalidInput(str(folder), *problem)
+        try:
+            graph_file(folder)
+        except CompressError as error:
+            raise InvalidInput.of([error.problem]) from error
+    given: dict[str, object] = {"prompts": _counts(prompts, "--prompts")} if prompts is not None else {}
+    given |= {"new_tokens": new_tokens} if new_tokens is not None else {}
+    batch_sizes = _counts(batch, "--batch")
     check_threads(threads, "--threads")
     _check_installed(runtime, plot)
 
     from compress.benchmarks import report
     from compress.benchmarks.contest import Budget, Workload
-    from compress.benchmarks.latency import num_positions, race
+    from compress.benchmarks.latency import Latency, num_positions, prompts_within, race
 
-    for folder in folders:
-        if (limit := num_positions(folder)) is not None and max(lengths) > limit:
-            what = f"{max(lengths)} tokens, but the model in {folder} reads at most {limit}"
+    known = {folder: limit for folder in folders if (limit := num_positions(folder))}
+    asked = Latency.model_validate(given)
+    asked = replaced(asked, prompts_within(asked, min(known.values()), generates=True) if known else {})
+    for folder, limit in known.items():
+        if max(asked.prompts) > limit:
+            what = f"{max(asked.prompts)} tokens, but the model in {folder} reads at most {limit}"
             raise InvalidInput("--prompts", what, f"at most {limit}")
+    loads = [Workload(length, rows, asked.new_tokens) for rows in batch_sizes for length in asked.prompts]
     with reporting() as reporter:
         found = race(
-            _named(folders), [Workload(tokens, rows, new_tokens) for rows in batch_sizes for tokens in lengths],
-            Budget(repeats, max_seconds), threads=threads, runtime=runtime, reporter=reporter,
-        )  # fmt: skip
+            _named(folders), loads, Budget(repeats, max_seconds), threads=threads, runtime=runtime, reporter=reporter
+        )
         if as_json:
             print_json(found)
         else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,6 +11,9 @@ from compress.errors import InvalidInput, Problem
 
 if TYPE_CHECKING:
     from compress.benchmarks.recall import Recall
+
+
+USUAL_LENGTH = 256
 
 
 def evaluate(
@@ -25,7 +27,9 @@ def evaluate(
         Path | None, typer.Option("--against", help="A second model to measure the distance from, on the same text.")
     ] = None,
     tokens: Annotated[int, typer.Option(min=8, help="Tokens to read, spread evenly over the text.")] = 8192,
-    sequence_length: Annotated[int, typer.Option(min=4, help="Tokens in one block, read on its own.")] = 256,
+    sequence_length: Annotated[
+        int | None, typer.Option(min=4, help="Tokens in one block, read on its own: 256, or all that a model reads.")
+    ] = None,
     recall: Annotated[
         list[int] | None,
         typer.Option(metavar="TOKENS", min=256, help="Also ask for recall over a context this long. Repeatable."),
@@ -47,18 +51,28 @@ def evaluate(
     """
     from compress.cli.screen import print_json, print_table, reporting
     from compress.hardware import check_threads
+    from compress.models.folder import files_problem
     from compress.report.tables import Table
 
     for place in filter(None, (folder, against)):
         if not place.is_dir():
             raise InvalidInput(str(place), "is no directory", "name a folder with a model")
+        if problem := files_problem(place):
+            raise InvalidInput(str(place), *problem)
 
     check_threads(threads, "--threads")
     asked = _recall(tuple(recall), folder) if recall else None
 
     from compress.benchmarks.judging import judge
+    from compress.benchmarks.latency import num_positions
     from compress.benchmarks.text import OneText
 
+    known = [limit for place in filter(None, (folder, against)) if (limit := num_positions(place))]
+    if sequence_length is None:
+        sequence_length = min([USUAL_LENGTH, *known])
+    elif sequence_length > min(known, default=sequence_length):
+        what = f"{sequence_length} tokens, but a model here reads at most {min(known)}"
+        raise InvalidInput("--sequence-length", what, f"at most {min(known)}")
     with reporting() as reporter:
         found = judge(
             folder, against, OneText(text),
@@ -78,9 +92,10 @@ def _recall(contexts: tuple[int, ...], folder: Path) -> Recall:
     """The recall tasks over these contexts. Raises InvalidInput where the model in `folder` can't be asked."""
     from compress.benchmarks.recall import Recall
     from compress.models.anatomy import shape_of
+    from compress.models.folder import config_of
 
-    asked, config = Recall.model_validate({"contexts": contexts}), folder / "config.json"
-    problems = asked.problems(shape_of(json.loads(config.read_text("utf-8")))) if config.is_file() else ()
+    asked, config = Recall.model_validate({"contexts": contexts}), config_of(folder)
+    problems = asked.problems(shape_of(config)) if config else ()
     if found := [Problem(f"--recall {folder}", problem.what, problem.fix) for problem in problems]:
         raise InvalidInput.of(found)
     return asked

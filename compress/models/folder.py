@@ -11,6 +11,7 @@ from compress.errors import CompressError
 from compress.fetch import cache
 from compress.fetch.cache import recall
 from compress.models.anatomy import kind_of
+from compress.models.files import adapter_problem, link_problem, stays_inside
 from compress.models.heads import BACKBONE, architecture_of, misfit, named_head
 from compress.models.pooling import MODULES, read_pooling
 from compress.models.stored import names_in
@@ -20,6 +21,7 @@ INDEX = "model.safetensors.index.json"
 VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "*.model", "*.spm", "*.tiktoken", "tekken.json")
 """Each of them makes a tokenizer: `tokenizer.model`, `spiece.model`, `sentencepiece.bpe.model` and so on."""
 LICENCES = ("[Ll][Ii][Cc][Ee][Nn][CcSs][Ee]*", "COPYING*", "NOTICE*", "USE_POLICY*")
+GENERATION = "generation_config.json"
 VOCABULARY = "vocabulary.json"
 """Which tokens of its source a model with a smaller vocabulary has: `reduce-vocab` writes it."""
 CARDS = (*LICENCES, "README.md")
@@ -28,12 +30,14 @@ COMPANIONS = (
     *VOCABULARIES, "tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json",
     "chat_template*", "additional_chat_templates/*.jinja",
     "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
-    "generation_config.json", VOCABULARY, MODULES, "sentence_bert_config.json", "config_sentence_transformers.json",
+    GENERATION, VOCABULARY, MODULES, "sentence_bert_config.json", "config_sentence_transformers.json",
 )  # fmt: skip
 """What transformers and sentence-transformers read beside config.json and the weights. It travels with every artifact,
 as does what `modules.json` names."""
 CONTENT = ("*.json", "*.txt", "*.jinja", *COMPANIONS)
 """What is read of a model's folder beside its weights: never a pickle, never code."""
+_OWN_WEIGHTS = "transformers_weights"
+"""A key of config.json by which transformers reads other weights than those that lie where they always do."""
 _MODULE_FILES = ("config.json", "*.safetensors")
 
 
@@ -42,19 +46,19 @@ def folder_problem(folder: Path, readable: Collection[str] = ()) -> tuple[str, s
 
     readable: the methods of quantisation (`bitsandbytes`) whose weights the reader can do with.
     """
+    if problem := files_problem(folder):
+        return problem
     config = recall(folder / "config.json")
     if not isinstance(config, dict):
         return "has no readable config.json", "name the folder that save_pretrained wrote"
+    if (folder / GENERATION).exists() and not isinstance(recall(folder / GENERATION), dict):
+        return f"has no readable {GENERATION}", "fetch it again, or take it away"
     named = weight_names(folder)
     if not named:
         if any(folder.glob("*.bin")):
             return "holds its weights as pickles only, which can run code", "save it as safetensors where you trust it"
         what = f"has no .safetensors weights: neither {WEIGHTS} nor {INDEX}"
         return what, "name the folder that save_pretrained wrote"
-    shards = indexed(folder)
-    missing = [name for name in shards if not (_stays_inside(name) and (folder / name).is_file())]
-    if missing:
-        return f"lacks {missing[0]}, one of its {len(shards)} weight files", "copy or fetch it again"
     quantization = config.get("quantization_config")
     method = quantization.get("quant_method", "an unknown method") if quantization else None
     if method not in (None, *readable):
@@ -67,6 +71,25 @@ def folder_problem(folder: Path, readable: Collection[str] = ()) -> tuple[str, s
     except CompressError as error:
         return error.problem.what, error.problem.fix
     return misfit(config, kind, tensor_names(folder)) if kind else None
+
+
+def files_problem(folder: Path) -> tuple[str, str] | None:
+    """As `folder_problem`, of the files alone: of a folder of ours, whatever its format, too."""
+    shards = indexed(folder)
+    inside = [name for name in shards if stays_inside(name)]
+    modules = module_folders(folder) or ["1_Pooling"]
+    parts = [f"{module}/{name}" for module in modules for name in _MODULE_FILES]
+    read = (*CONTENT, *CARDS, WEIGHTS, *inside, "additional_chat_templates", *modules, *parts)
+    if problem := adapter_problem(folder) or link_problem(folder, read):
+        return problem
+    if named := (config_of(folder) or {}).get(_OWN_WEIGHTS):
+        return f"has weights that config.json names ({_OWN_WEIGHTS}: {named!r})", f"call them {WEIGHTS}, and remove it"
+    if outside := sorted({*shards} - {*inside}):
+        return f"has weights outside of it: {outside[0]} ({INDEX})", "name a file in the folder, and put it there"
+    missing = [name for name in shards if not (folder / name).is_file()]
+    if missing:
+        return f"lacks {missing[0]}, one of its {len(shards)} weight files", "copy or fetch it again"
+    return None
 
 
 def weight_names(folder: Path) -> list[str]:
@@ -112,7 +135,7 @@ def module_folders(folder: Path) -> list[str]:
     """The folders beside the backbone that sentence-transformers' `modules.json` names: `1_Pooling`, `2_Dense`."""
     modules = recall(folder / MODULES)
     named = [module.get("path") for module in modules if isinstance(module, dict)] if isinstance(modules, list) else []
-    inside = {PurePosixPath(path) for path in named if isinstance(path, str) and _stays_inside(path)}
+    inside = {PurePosixPath(path) for path in named if stays_inside(path)}
     return sorted(str(path) for path in inside - {PurePosixPath()})
 
 
@@ -132,8 +155,3 @@ def _is_own(file: Path, folder: Path) -> bool:
     root = folder.resolve()
     places = (root, root.parents[1] / "blobs") if root.parent.name == "snapshots" else (root,)
     return any(file.resolve().is_relative_to(place) for place in places)
-
-
-def _stays_inside(name: str) -> bool:
-    path = PurePosixPath(name)
-    return not path.is_absolute() and ".." not in path.parts and "\\" not in name

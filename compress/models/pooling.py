@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from compress.errors import CompressError
 from compress.fetch.cache import recall
+from compress.models.files import stays_inside
 
 if TYPE_CHECKING:
     import numpy as np
@@ -71,7 +72,7 @@ def _modules(folder: Path) -> Iterator[tuple[str, str]]:
         if kind not in _KINDS:
             what = f"has a module {kind} ({MODULES}), which is not supported: its vectors would be others"
             raise CompressError(str(folder), what, f"supported: {', '.join(_KINDS)}")
-        if not isinstance(path, str) or PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
+        if not stays_inside(path):
             raise CompressError(str(folder), f"has a module at {path!r} ({MODULES})", "name a folder inside of it")
         yield kind, path
 

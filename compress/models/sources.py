@@ -84,6 +84,8 @@ def parse_source(
         if problem:
             raise InvalidInput(where, f"{text!r} {problem[0]}", problem[1])
         return FolderSource(text, path, tuple(readable))
+    if os.path.islink(path):
+        raise InvalidInput(where, f"{text!r} is a link to nothing: → {os.readlink(path)}", f"name {_KINDS}")
     match = _HUB_ID.fullmatch(text)
     if match and path.suffix != ".gguf" and not text.startswith((".", "~")):
         return HubSource(text, match["repo"], match["revision"])
@@ -217,13 +219,14 @@ class HubSource(Source):
         return {"commit": folder.name} if folder else {}
 
     def fetch(self, reporter: Reporter | None = None) -> Path:
-        folder = self._fetched()
-        if folder is None:
+        known = self._fetched()
+        if known is None:
             _log(reporter, f"fetching {self.text} from the hub")
-            folder = self._snapshot()
-            problem = folder_problem(folder)
-            if problem:
-                raise CompressError(self.text, *problem)
+        folder = known or self._snapshot()
+        problem = folder_problem(folder)
+        if problem:
+            raise CompressError(self.text, *problem)
+        if known is None:
             files = {file.relative_to(folder).as_posix(): file.stat().st_size for file in _read_of(folder)}
             remember(self._memo, {"folder": str(folder), "files": files})
         return folder

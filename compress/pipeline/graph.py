@@ -88,7 +88,8 @@ class _Builder:
         """Put a stage of the file, and the hidden ones that it needs, behind those that are there."""
         input_id = self._through(self._current, entry.stage.before(self._formats[self._current]), entry)
         self._check_format(entry, entry.stage, input_id)
-        self._add(entry.id, entry.stage, self._inputs(entry, entry.stage, input_id), entry, hidden=False)
+        stage = self._fitted(entry.stage, input_id)
+        self._add(entry.id, stage, self._inputs(entry, stage, input_id), entry, hidden=False)
         self._entries.append(entry)
         if entry.stage.returns != "measurement":
             self._current = entry.id
@@ -99,6 +100,7 @@ class _Builder:
             stage = stage_class(name).model_validate(dict(options))
             id_ = self._through(id_, stage.before(self._formats[id_]), entry)
             self._check_format(entry, stage, id_)
+            stage = self._fitted(stage, id_)
             inputs = self._inputs(entry, stage, id_)
             same = [node.id for node in self.nodes if node.stage == stage and node.inputs == inputs]
             id_ = same[0] if same else self._add(self._free_id(f"{id_}/{name}"), stage, inputs, entry, hidden=True)
@@ -120,6 +122,10 @@ class _Builder:
         self._formats[id_] = stage.returns
         self._shapes[id_] = shape
         return id_
+
+    def _fitted(self, stage: Stage, input_id: str) -> Stage:
+        shape = self._shapes[input_id]
+        return stage if shape is None else stage.fitted(shape)
 
     def _check_format(self, entry: Entry, stage: Stage, input_id: str) -> None:
         format_ = self._formats[input_id]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.errors import CompressError
+from compress.models.files import link_problem
 
 DENORMAL_AS_ZERO = "session.set_denormal_as_zero"
 """Key of a session: numbers below 1e-38, which are slow and which attention's masked lanes are full of, are zero."""
@@ -25,6 +26,8 @@ def open_session(file: Path, threads: int, provider: str, *, alone: bool = False
     """
     import onnxruntime
 
+    if problem := link_problem(file.parent, [file.name]):
+        raise CompressError(str(file.parent), *problem)
     if not file.is_file():
         raise CompressError(str(file.parent), f"has no {file.name}", "export the model, or name another folder")
     options = onnxruntime.SessionOptions()

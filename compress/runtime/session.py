@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compress.errors import CompressError
+from compress.models.files import stays_inside
 from compress.runtime.ort import first_line, open_session, ort_errors
 
 SHARED_CACHE = "compress.past_present_share_buffer"
@@ -27,7 +29,13 @@ TAKES_PADDING = "compress.right_padded_rows"
 """Key of the ONNX model's metadata that says, where it is 0, that every row must be as long as the others."""
 CHUNK_SIZE = "compress.chunk_size"
 """Key of the ONNX model's metadata that says how many tokens of a prompt to read in one call; left out: all."""
-_CACHE_DTYPES = {"tensor(float16)": np.float16, "tensor(int8)": np.int8, "tensor(uint8)": np.uint8}
+GENAI = "genai_config.json"
+_DTYPES: Mapping[str, type[np.generic]] = {
+    "tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64,
+    "tensor(int8)": np.int8, "tensor(uint8)": np.uint8,
+}  # fmt: skip
+_BFLOAT16 = "tensor(bfloat16)"
+"""The first two bytes of a float32; numpy has no such type."""
 _PAST = re.compile(r"^past.*\.(\d+)\.(key|value|(?:recurrent|conv)(?:_state)?)$")
 
 Ints = NDArray[np.int64]
@@ -68,7 +76,8 @@ class OnnxModel:
     """A folder's ONNX model in an ONNX Runtime session with `threads` pinned intra-op threads.
 
     file: the graph's file, where it is not the one that the folder itself names. alone: see `open_session`.
-    Raises CompressError for a folder without a model and for a model that ONNX Runtime refuses.
+    Raises CompressError for a folder without a model, for a model that ONNX Runtime refuses and for a cache of numbers
+    that numpy has not.
     """
 
     def __init__(
@@ -76,13 +85,18 @@ class OnnxModel:
         alone: bool = False,
     ) -> None:  # fmt: skip
         self.folder = folder
-        genai = _genai_config(folder)
+        genai = genai_config(folder)
         decoder = genai.get("model", {}).get("decoder", {})
-        graph = folder / (file or decoder.get("filename", "model.onnx"))
-        self.session = open_session(graph, threads, provider, alone=alone)
+        self.session = open_session(folder / file if file else graph_file(folder), threads, provider, alone=alone)
         self.inputs: dict[str, Any] = {node.name: node for node in self.session.get_inputs()}
         self.outputs: tuple[str, ...] = tuple(node.name for node in self.session.get_outputs())
         self.keeps_last = LOGITS_TO_KEEP in {node.name for node in self.session.get_overridable_initializers()}
+        self.shapes: dict[str, Sequence[Any]] = {node.name: node.shape for node in self.session.get_outputs()}
+        self._widens = _BFLOAT16 in {node.type for node in self.session.get_outputs()}
+        for name, node in self.inputs.items():
+            if _PAST.match(name) and node.type not in _DTYPES:
+                what, fix = f"caches {name} as {node.type}, which can't be fed", "export it with a float32 cache"
+                raise CompressError(str(folder), what, fix)
         self.cache: tuple[CacheSlot, ...] = _cache_slots(self.inputs, self.outputs, decoder)
         stated = self.session.get_modelmeta().custom_metadata_map
         search = genai.get("search", {})
@@ -97,8 +111,17 @@ class OnnxModel:
         return bool(self.cache)
 
     def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        """All outputs by name for raw inputs by name. Raises CompressError where ONNX Runtime refuses them."""
+        """All outputs by name for raw inputs by name, bfloat16 as float32.
+
+        Raises CompressError where ONNX Runtime refuses them.
+        """
         try:
+            if self._widens:  # numpy can't take what session.run would give
+                from onnxruntime import OrtValue
+
+                given = {name: OrtValue.ortvalue_from_numpy(array) for name, array in feeds.items()}
+                values = self.session.run_with_ort_values(list(self.outputs), given)
+                return {name: _copied(value) for name, value in zip(self.outputs, values, strict=True)}
             return dict(zip(self.outputs, self.session.run(None, dict(feeds)), strict=True))
         except ort_errors() as error:
             raise CompressError(str(self.folder), f"ONNX Runtime stopped: {first_line(error)}") from error
@@ -232,15 +255,55 @@ class Decoder:
             binding.bind_output(slot.present, "cpu")
 
 
-def _genai_config(folder: Path) -> dict[str, Any]:
-    file = folder / "genai_config.json"
+def graph_file(folder: Path) -> Path:
+    """The graph that the folder has: the one that its `genai_config.json` names, `model.onnx`, or else the only one.
+
+    Raises CompressError where there is none, or nothing says which it is.
+    """
+    named = genai_config(folder).get("model", {}).get("decoder", {}).get("filename")
+    graphs = sorted(file.name for file in folder.glob("*.onnx"))
+    if named or "model.onnx" in graphs or not graphs:
+        return folder / (named or "model.onnx")
+    if len(graphs) > 1:
+        what = f"has {len(graphs)} graphs, and none of them is model.onnx: {', '.join(graphs[:4])}"
+        raise CompressError(str(folder), what, "name a folder with one of them, its weights and its configs")
+    return folder / graphs[0]
+
+
+def genai_config(folder: Path) -> dict[str, Any]:
+    """The parsed `genai_config.json` of a folder; empty where it has none.
+
+    Raises CompressError for what is no such config, and for one that names a file outside of the folder.
+    """
+    file = folder / GENAI
     if not file.is_file():
         return {}
     try:
-        loaded: dict[str, Any] = json.loads(file.read_text("utf-8"))
+        loaded: Any = json.loads(file.read_text("utf-8"))
     except ValueError as error:
         raise CompressError(str(file), f"is not JSON ({error})", "export the model again") from error
-    return loaded
+    model = loaded.get("model", {}) if isinstance(loaded, dict) else None
+    if not isinstance(model, dict) or not isinstance(model.get("decoder", {}), dict):
+        raise CompressError(str(file), "has no mapping model.decoder", "export the model again")
+    for key, name in _named_files(loaded):
+        if not stays_inside(name):
+            what = f"names a file outside of its folder: {key}: {name!r}"
+            raise CompressError(str(file), what, "put the file into the folder, and name it there")
+    config: dict[str, Any] = loaded
+    return config
+
+
+def _named_files(config: Any) -> Iterator[tuple[str, object]]:
+    """Every key of a parsed `genai_config.json`, however deep, that names a file, and what it says."""
+    if isinstance(config, list):
+        for each in config:
+            yield from _named_files(each)
+    elif isinstance(config, dict):
+        for key, value in config.items():
+            if re.search(r"file_?(name|path)$", key) and value not in (None, ""):
+                yield key, value
+            else:
+                yield from _named_files(value)
 
 
 def _cache_slots(inputs: Mapping[str, Any], outputs: Sequence[str], genai: Mapping[str, Any]) -> tuple[CacheSlot, ...]:
@@ -249,7 +312,7 @@ def _cache_slots(inputs: Mapping[str, Any], outputs: Sequence[str], genai: Mappi
     for name, node in inputs.items():
         if match := _PAST.match(name):
             present = next(out for out in outputs if re.fullmatch(rf"present.*\.{match[1]}\.{match[2]}", out))
-            dtype = np.dtype(_CACHE_DTYPES.get(node.type, np.float32))
+            dtype = np.dtype(_DTYPES[node.type])
             sizes: tuple[int | None, ...] = tuple(node.shape[1:])
             if match[2] in ("key", "value"):
                 heads, _, head_dim = (size if isinstance(size, int) else None for size in sizes)
@@ -264,9 +327,15 @@ def _bind(bind: Any, name: str, array: NDArray[Any]) -> None:
 
 def _last_row(logits: Any) -> Floats:
     """A copy of `(B, V)`, the last position of a runtime's `(B, T, V)` that may be large, without copying that."""
-    batch_size, num_new, vocab_size = logits.shape()
-    real = ctypes.c_uint16 if "float16" in logits.data_type() else ctypes.c_float
-    pointer = ctypes.cast(logits.data_ptr(), ctypes.POINTER(real))
-    view = np.ctypeslib.as_array(pointer, shape=(batch_size, num_new, vocab_size))
-    last: Floats = (view.view(np.float16) if real is ctypes.c_uint16 else view)[:, -1].copy()
-    return last
+    return _copied(logits, (slice(None), -1))
+
+
+def _copied(value: Any, part: Any = ...) -> NDArray[Any]:
+    """A copy of a runtime's tensor, or of `part` of it; of bfloat16 as float32."""
+    is_bfloat16 = value.data_type() == _BFLOAT16
+    if not is_bfloat16 and value.data_type() not in _DTYPES:
+        return np.array(value.numpy()[part])
+    dtype = np.dtype(np.uint16 if is_bfloat16 else _DTYPES[value.data_type()])
+    buffer = (ctypes.c_char * (math.prod(value.shape()) * dtype.itemsize)).from_address(value.data_ptr())
+    copied: NDArray[Any] = np.frombuffer(buffer, dtype).reshape(value.shape())[part].copy()
+    return (copied.astype(np.uint32) << 16).view(np.float32) if is_bfloat16 else copied

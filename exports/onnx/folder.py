@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from compress.artifact import write_json
 from compress.errors import StageFailed
@@ -19,6 +18,8 @@ from compress.exports.onnx.recurrence import OPERATORS
 from compress.exports.onnx.states import state_shapes
 from compress.exports.onnx.tasks import task_of
 from compress.exports.onnx.weights import Model
+from compress.fetch.cache import recall
+from compress.models.folder import GENERATION
 from compress.models.load import carry
 from compress.models.pooling import Pooling
 from compress.runtime.session import CHUNK_SIZE, SHARED_CACHE, TAKES_PADDING
@@ -30,9 +31,12 @@ if TYPE_CHECKING:
 
 def write_folder(
     context: StageContext, model: PreTrainedModel, described: Model, pooling: Pooling | None, *, fused: bool,
-    chunk_size: int | None,
+    chunk_size: int | None, max_length: int,
 ) -> str:  # fmt: skip
-    """Write everything that a deployment needs to `context.out`; optimum's name of the task."""
+    """Write everything that a deployment needs to `context.out`; optimum's name of the task.
+
+    chunk_size and max_length: of fused decoders, see `genai_config`.
+    """
     origin, out, family = context.input.path, context.out, described.shape.family
     activation = described.key("hidden_act")
     if activation not in ACTIVATIONS:
@@ -55,7 +59,13 @@ def write_folder(
     config = {key: value for key, value in context.input.config.items() if key not in left_out}
     write_json(out / "config.json", config)
     if fused and family.kind == "decoder" and _fits_genai(context, described):
-        told = genai_config(described, _generation(context), context.target.threads, chunk_size)
+        generation = recall(origin / GENERATION) or {}
+        told, notes = genai_config(described, generation, context.target.threads, chunk_size, max_length)
+        for note in notes:
+            context.reporter.log.warning("%s: %s", GENERATION, note)
+        if max_length < described.shape.max_position_embeddings:
+            what = "onnxruntime-genai makes room for %d tokens of %d where it is told no length (max_length)"
+            context.reporter.log.info(what, max_length, described.shape.max_position_embeddings)
         write_json(out / "genai_config.json", told)
     return task
 
@@ -81,9 +91,3 @@ def _fits_genai(context: StageContext, model: Model) -> bool:
     if len(groups) > 1:
         context.reporter.log.warning("its layers have %s key/value heads, %s", sorted(groups), without)
     return len(shapes) <= 1 and len(groups) <= 1
-
-
-def _generation(context: StageContext) -> dict[str, Any]:
-    file = context.input.path / "generation_config.json"
-    loaded: dict[str, Any] = json.loads(file.read_text("utf-8")) if file.is_file() else {}
-    return loaded

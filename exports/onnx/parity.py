@@ -97,15 +97,18 @@ def expectations(
 
     is_decoder = task.endswith("-with-past")
     one_call = chunk_size if described.prompt and chunk_size else MAX_PROMPT  # the last few would be read otherwise
-    room = min(MAX_PROMPT, model.config.max_position_embeddings - NUM_GREEDY, one_call)
+    positions = model.config.max_position_embeddings
+    num_greedy = min(NUM_GREEDY, positions // 2)
+    room = min(MAX_PROMPT, positions - num_greedy, one_call)
     expected = []
     for page, share in _PAGES.items():
         options = {"add_special_tokens": False, "truncation": True, "max_length": max(2, int(room * share))}
         prompt = np.asarray(tokenizer(pydoc_data.topics.topics[page], **options)["input_ids"], np.int64)[None]
         weights = described.prompt if prompt.shape[1] > FEW else {}
-        expected.append(
-            _expect_decoder(model, prompt, weights) if is_decoder else _expect_encoder(model, prompt, pooling)
-        )
+        if is_decoder:
+            expected.append(_expect_decoder(model, prompt, weights, num_greedy))
+        else:
+            expected.append(_expect_encoder(model, prompt, pooling))
     return Expectations(tuple(expected), dummy_inputs(model, task))
 
 
@@ -134,7 +137,9 @@ def verify(folder: Path, expected: Expectations, tolerance: float, threads: int)
     return exact, shipped
 
 
-def _expect_decoder(model: PreTrainedModel, prompt: NDArray[np.int64], weights: Mapping[str, QTensor]) -> Expected:
+def _expect_decoder(
+    model: PreTrainedModel, prompt: NDArray[np.int64], weights: Mapping[str, QTensor], num_greedy: int
+) -> Expected:
     """torch's logits and greedy tokens, with its own cache. weights: those that read the prompt, where others write."""
     import torch
 
@@ -148,7 +153,7 @@ def _expect_decoder(model: PreTrainedModel, prompt: NDArray[np.int64], weights: 
         outputs = {"logits": output.logits.numpy()}
         tokens: list[int] = []
         stepwise = [output.logits[0, -1].numpy()]
-        while len(tokens) < NUM_GREEDY:
+        while len(tokens) < num_greedy:
             tokens.append(int(stepwise[-1].argmax()))
             past = {CACHE: getattr(output, CACHE)}
             output = run(input_ids=torch.tensor([tokens[-1:]]), use_cache=True, **past)

@@ -12,6 +12,7 @@ from pydantic import Field
 from compress.artifact import Format, Metrics
 from compress.errors import Problem, StageFailed
 from compress.exports.onnx import FEW
+from compress.exports.onnx.genai import room
 from compress.models.anatomy import ModelShape
 from compress.options import counted
 from compress.quant import bnb
@@ -65,6 +66,11 @@ class ExportOnnx(Stage):
         description="tokens of a prompt that are read in one call, by onnxruntime-genai and by this tool: attention's "
         "masks and a layer's activations stay small; null: all at once (decoders, fused)",
     )  # fmt: skip
+    max_length: int | None = Field(
+        None, ge=1,
+        description="tokens, prompt and answer, that onnxruntime-genai makes room for where its user gives no length; "
+        "null: all that the model reads, or what 1 GiB of keys and values holds (decoders, fused)",
+    )  # fmt: skip
     prompt: Literal["int8"] | None = Field(
         None,
         description="int8: more than 8 new tokens at once are read by int8 weights that stand for the same values, "
@@ -93,6 +99,10 @@ class ExportOnnx(Stage):
             yield Problem("fused", what, "set fused: false")
         if any(spec and spec.window for spec in model.mixers or ()) and (problem := _missing_window()):
             yield problem
+        if self.max_length is not None and not self._is_fused_decoder(model):
+            yield Problem("max_length", "only onnxruntime-genai reads it, which runs fused decoders", "remove it")
+        elif self.max_length is not None and self.max_length > (longest := model.max_position_embeddings):
+            yield Problem("max_length", f"{self.max_length} tokens, but the model reads at most {longest}", "lower it")
         yield from self._prompt_problems(model)
         if self.kv_cache == "float32":
             return
@@ -149,12 +159,20 @@ class ExportOnnx(Stage):
     def settled(self, given: Given) -> Mapping[str, Any]:
         """Floats have one format; of quantised weights the format is the input's."""
         is_float = given.formats[INPUT] == "torch"
-        chunked = self.fused and given.shape.family.kind == "decoder"
+        chunked = self._is_fused_decoder(given.shape)
         return counted(self, {
             "format": "fp32" if is_float else None if self.format == "auto" else self.format,
             "chunk_size": self.chunk_size if chunked else None,
+            "max_length": self._room(given.shape) if chunked else None,
             "prompt_exceptions": self.prompt_exceptions if self.prompt else None,
         })  # fmt: skip
+
+    def _is_fused_decoder(self, model: ModelShape) -> bool:
+        return self.fused and model.family.kind == "decoder"
+
+    def _room(self, model: ModelShape) -> int:
+        """What `max_length` means for that model."""
+        return self.max_length or room(model, num_bytes=1 if self.kv_cache == "int8" else 4)
 
     def rounds_activations(self, given: Given) -> bool:
         return super().rounds_activations(given) or self.kv_cache == "int8" or self.prompt is not None
@@ -218,7 +236,10 @@ class ExportOnnx(Stage):
             what = "prompts: %d projections in int8, the others by the weights that write"
             context.reporter.log.info(what, len(weights))
         pooling = None if described.shape.has_head else read_pooling(context.input.path)
-        task = write_folder(context, model, described, pooling, fused=self.fused, chunk_size=self.chunk_size)
+        task = write_folder(
+            context, model, described, pooling,
+            fused=self.fused, chunk_size=self.chunk_size, max_length=self._room(described.shape),
+        )  # fmt: skip
         return expectations(model, tokenizer, task, pooling, described, self.chunk_size), held_out
 
 

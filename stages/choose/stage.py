@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 from compress.artifact import MANIFEST, Artifact, Format, Metrics
 from compress.benchmarks.contest import Budget as TimeBudget
 from compress.benchmarks.evaluate import Evaluate
-from compress.benchmarks.latency import Latency, race
+from compress.benchmarks.latency import Latency, prompts_within, race
 from compress.errors import Problem, RequirementMissed, StageFailed
 from compress.models.anatomy import ModelShape
-from compress.options import counted
+from compress.options import counted, replaced
 from compress.pipeline.require import RESULT, Verdict
 from compress.registry import stage_class
 from compress.stage import INPUT, Given, Ref, Stage, StageContext
@@ -57,6 +57,11 @@ class ChooseFormat(ChooseOptions, Stage):
             found[name] = Ref(INPUT, via=way)
             found[name + QUALITY] = Ref(INPUT, via=(*way, ("evaluate", judging)))
         return found
+
+    def fitted(self, model: ModelShape) -> Self:
+        generates = model.family.kind == "decoder"
+        changes = prompts_within(self, model.max_position_embeddings, generates=generates)
+        return replaced(super().fitted(model), changes)
 
     def settled(self, given: Given) -> Mapping[str, Any]:
         """What is chosen among and by; how candidates are made and judged is told by inputs."""

@@ -86,7 +86,7 @@ def prepare(options: ConvertAttention, context: StageContext) -> Job:
     num_tokens = options.align.num_tokens if options.align else 0
     if chosen is None and options.select == "kl":
         num_tokens = max(num_tokens, options.kl_tokens)
-    align_ids = _held_out(options.align_options, num_tokens, held_tokens, tokenizer, context)
+    align_ids = _held_out(options.align_options(shape), num_tokens, held_tokens, tokenizer, context)
     distill_ids = training_ids(options.distill, tokenizer, context, teacher.path) if options.distill else None
     return Job(options, chosen, context.input.path, teacher.path, *align_ids, distill_ids, context.work, context.seed)
 
@@ -148,7 +148,7 @@ def _choose(
     number = to_convert(shape, options.to, options.keep, options.convert)
     assert isinstance(number, int)
     if options.select == "kl":
-        training = _short_training(options)
+        training = _short_training(options, options.align_options(shape).sequence_length)
         reporter.log.warning("select: kl trains %d times on %d tokens", len(mixers), options.kl_tokens)
 
         def loss_with(index: int, work: Path) -> float:
@@ -206,10 +206,10 @@ def _train(
     return recover(student, teacher, *ids, fitting, layers, work, seed, reporter, rates)
 
 
-def _short_training(options: ConvertAttention) -> HybridTraining:
+def _short_training(options: ConvertAttention, length: int) -> HybridTraining:
     """Training as for `distill`, shorter, and evaluated at the end."""
     training = options.distill or HybridTraining.model_validate({})
-    changes = {"tokens": options.kl_tokens, "sequence_length": options.block_length, "early_stopping_patience": None}
+    changes = {"tokens": options.kl_tokens, "sequence_length": length, "early_stopping_patience": None}
     short = training.model_copy(update=changes)
     return short.model_copy(update={"eval_steps": short.num_steps})
 

@@ -13,7 +13,7 @@ from compress.errors import Problem
 from compress.mixers.spec import SPECS, WINDOWED, MixerSpec
 from compress.models.anatomy import ModelShape
 from compress.models.layer_choice import Layers, LayersOrNone, count
-from compress.options import counted
+from compress.options import counted, limited
 from compress.stage import SOURCE, Given, Ref, Stage, StageContext, unjudged
 from compress.stages.convert.layers import (
     To,
@@ -123,7 +123,7 @@ class ConvertAttention(Stage):
 
     def reads(self) -> frozenset[Literal["train", "eval"]]:
         """No training text where none is trained or judged on; the eval split where the whole model is trained."""
-        sources = [*self.trainings.values(), *([self.align_options] if self._may_measure else [])]
+        sources = [*self.trainings.values(), *([self.align or _ALIGN] if self._may_measure else [])]
         written = all(each.data == "generated" for each in sources)
         return self.splits - ({"train"} if written else set()) - (set() if self.distill else {"eval"})
 
@@ -166,9 +166,10 @@ class ConvertAttention(Stage):
         for name, options in self.trainings.items():
             for problem in options.problems(model):
                 yield replace(problem, where=f"{name}.{problem.where}")
-        if not wrong and self.preselected(model, 0) is None and self.select_tokens < self.block_length:
-            what = f"{self.select_tokens} tokens do not fill one block of {self.block_length}"
-            yield Problem("select_tokens", what, f"at least {self.block_length}")
+        length = self.align_options(model).sequence_length
+        if not wrong and self.preselected(model, 0) is None and self.select_tokens < length:
+            what = f"{self.select_tokens} tokens do not fill one block of {length}"
+            yield Problem("select_tokens", what, f"at least {length}")
         if self._may_measure and self.preselected(model, 0) is None:
             yield from unjudged("select", model)
         lengths = {f"{name}.sequence_length": each.sequence_length for name, each in self.trainings.items()}
@@ -242,15 +243,9 @@ class ConvertAttention(Stage):
         both = {"align": self.align, "distill": self.distill}
         return {name: options for name, options in both.items() if options is not None}
 
-    @property
-    def block_length(self) -> int:
-        """Tokens of a block that is aligned or judged on."""
-        return self.align_options.sequence_length
-
-    @property
-    def align_options(self) -> AlignOptions:
-        """How blocks for alignment are made, also where only judging needs them."""
-        return self.align or _ALIGN
+    def align_options(self, model: ModelShape) -> AlignOptions:
+        """How blocks of text for `model` are made to be aligned or judged on, also where only judging needs them."""
+        return self.align or limited(_ALIGN, model.max_position_embeddings)
 
     def mixer(self, model: ModelShape) -> MixerSpec | None:
         """What layers of `model` get; None for a sliding window."""

