@@ -344,9 +344,10 @@ def shape_of(config: Mapping[str, Any], where: str = "model") -> ModelShape:
 
     def number(common: str, default: int | None = None) -> int:
         value = config.get(family.key(common))
-        if value is None and default is None:
+        value = default if value is None else value
+        if value is None:
             raise InvalidInput(where, f"config.json has no whole number {family.key(common)!r}", "is it complete?")
-        return int(default if value is None else value)
+        return int(value)
 
     hidden_size, num_heads = number("hidden_size"), number("num_attention_heads")
     num_layers, groups, head_dim = number("num_hidden_layers"), num_heads, hidden_size // num_heads
@@ -408,7 +409,8 @@ def _misfit(config: Mapping[str, Any], shape: ModelShape) -> str:
         return f"heads of {shape.head_dim} lanes can't be turned by halves"
     if shape.family.position == "rotary" and shape.rotary_dim < 1:
         return f"partial_rotary_factor leaves none of {shape.head_dim} lanes to turn"
-    if types and len(types) != shape.num_hidden_layers:
+    told = bool(types) or (not hybrid and config.get("layer_types") is not None)
+    if told and len(types) != shape.num_hidden_layers:
         return f"layer_types has {len(types)} entries for {shape.num_hidden_layers} layers"
     if LINEAR in types and not hybrid:
         return f"layer_types has {LINEAR}, which no {shape.model_type} has"

@@ -43,6 +43,12 @@ ROPE_TYPES: Mapping[str, tuple[str, ...]] = {
     "longrope": ("short_factor", "long_factor"), "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
 }  # fmt: skip
 """The rotary embeddings of these families' classes, with the keys that each can't do without."""
+ACTIVATIONS = (
+    "gelu", "gelu_10", "gelu_accurate", "gelu_fast", "gelu_new", "gelu_python", "gelu_python_tanh", "gelu_pytorch_tanh",
+    "hardswish", "laplace", "leaky_relu", "linear", "mish", "prelu", "quick_gelu", "relu", "relu2", "relu6", "sigmoid",
+    "silu", "sqrtsoftplus", "swish", "tanh", "xielu",
+)  # fmt: skip
+"""What transformers has activations for."""
 _LARGEST = 2**31 - 1
 _MOST_LAYERS = 10_000
 _NEVER_NULL = {("mistral", "num_key_value_heads"), ("qwen2", "head_dim"), ("qwen3", "head_dim")}
@@ -51,7 +57,7 @@ _MAY_BE_NULL = ("n_inner",)
 """Where one takes null for what in others is a number."""
 
 
-class _Rule(NamedTuple):
+class Rule(NamedTuple):
     """What a value must be, in words, and whether one is. null: whether null stands for what is left out."""
 
     words: str
@@ -72,58 +78,67 @@ def _is_list(value: object, kind: type, values: tuple[str, ...] = ()) -> bool:
     return isinstance(value, list) and all(isinstance(each, kind) and (each in values or not values) for each in value)
 
 
-_COUNT = _Rule("a whole number from 1", _is_whole)
+_COUNT = Rule("a whole number from 1", _is_whole)
 _OWN_COUNT = _COUNT._replace(null=True)
-_FROM_ZERO = _Rule("a whole number from 0", lambda value: _is_whole(value, 0), null=True)
-_FLAG = _Rule("true or false", lambda value: isinstance(value, bool))
-_WORD = _Rule("a word in quotes", lambda value: isinstance(value, str))
-_FRACTION = _Rule(
+_FROM_ZERO = Rule("a whole number from 0", lambda value: _is_whole(value, 0))
+FLAG = Rule("true or false", lambda value: isinstance(value, bool))
+WORD = Rule("a word in quotes", lambda value: isinstance(value, str))
+_FRACTION = Rule(
     "a number above 0 with a point in it", lambda value: _is_number(value) and isinstance(value, float) and value > 0
 )
-_ABOVE_ZERO = _Rule("a number above 0", lambda value: _is_number(value) and value > 0)
-_SHARE = _Rule("a number above 0, at most 1", lambda value: _is_number(value) and 0 < value <= 1)
-_LABELS = _Rule(
+_ABOVE_ZERO = Rule("a number above 0", lambda value: _is_number(value) and value > 0)
+_SHARE = Rule("a number above 0, at most 1", lambda value: _is_number(value) and 0 < value <= 1)
+_LABELS = Rule(
     "a mapping of one number or more to labels",
     lambda value: isinstance(value, dict) and bool(value) and all(str(key).isdecimal() for key in value), null=True,
 )  # fmt: skip
-_NUMBER = _Rule("a number", _is_number, null=True)
-_MAPPING = _Rule("a mapping", lambda value: isinstance(value, dict), null=True)
+NUMBER = Rule("a number", _is_number, null=True)
+MAPPING = Rule("a mapping", lambda value: isinstance(value, dict), null=True)
+ID = Rule("a token's number", lambda value: _is_whole(value, -1), null=True)  # -1 stands for none
+IDS = Rule(
+    "a token's number or a list of them",
+    lambda value: _is_whole(value, -1) or (isinstance(value, list) and all(_is_whole(each, -1) for each in value)),
+    null=True,
+)  # fmt: skip
 _PROBLEMS = ("regression", "single_label_classification", "multi_label_classification")
 _LAYER_TYPES = (FULL, SLIDING, LINEAR)
 
-RULES: Mapping[str, _Rule] = {
-    "num_hidden_layers": _Rule(
+RULES: Mapping[str, Rule] = {
+    "num_hidden_layers": Rule(
         f"a whole number from 1 to {_MOST_LAYERS}", lambda value: _is_whole(value, most=_MOST_LAYERS)
     ),
     **dict.fromkeys(("hidden_size", "num_attention_heads", "vocab_size", "max_position_embeddings"), _COUNT),
     "intermediate_size": _COUNT,
     **dict.fromkeys(("num_key_value_heads", "head_dim", "sliding_window", "num_labels"), _OWN_COUNT),
-    **dict.fromkeys(("max_window_layers", "num_attention_sinks"), _FROM_ZERO),
+    "max_window_layers": _FROM_ZERO,
+    "num_attention_sinks": _FROM_ZERO._replace(null=True),
     **dict.fromkeys(
         ("tie_word_embeddings", "use_parallel_residual", "use_sliding_window", "is_decoder", "scale_attn_weights",
-         "scale_attn_by_inverse_layer_idx"), _FLAG,
+         "scale_attn_by_inverse_layer_idx"), FLAG,
     ),
-    "alibi": _FLAG._replace(null=True),
-    "hidden_act": _WORD,
-    "position_embedding_type": _WORD._replace(null=True),
+    "alibi": FLAG._replace(null=True),
+    "hidden_act": Rule("the name of an activation in transformers", lambda value: value in ACTIVATIONS),
+    "position_embedding_type": WORD._replace(null=True),
     "norm_eps": _FRACTION,
     "rope_theta": _ABOVE_ZERO,
     "rotary_emb_base": _ABOVE_ZERO,
-    **dict.fromkeys(("attn_logit_softcapping", "attention_logit_softcapping"), _NUMBER),
+    **dict.fromkeys(("attn_logit_softcapping", "attention_logit_softcapping"), NUMBER),
     **dict.fromkeys(("partial_rotary_factor", "rotary_pct"), _SHARE),
-    **dict.fromkeys(("rope_parameters", "rope_scaling", "quantization_config"), _MAPPING),
+    **dict.fromkeys(("rope_parameters", "rope_scaling", "quantization_config"), MAPPING),
     "id2label": _LABELS,
-    "problem_type": _Rule(f"one of {', '.join(_PROBLEMS)}", lambda value: value in _PROBLEMS, null=True),
-    "architectures": _Rule("a list of names in quotes", lambda value: _is_list(value, str), null=True),
-    "layer_types": _Rule(
+    **dict.fromkeys(("bos_token_id", "pad_token_id"), ID),
+    "eos_token_id": IDS,
+    "problem_type": Rule(f"one of {', '.join(_PROBLEMS)}", lambda value: value in _PROBLEMS, null=True),
+    "architectures": Rule("a list of names in quotes", lambda value: _is_list(value, str), null=True),
+    "layer_types": Rule(
         f"a list of {', '.join(_LAYER_TYPES)}", lambda value: _is_list(value, str, _LAYER_TYPES), null=True
     ),
 }  # fmt: skip
 """By Hugging Face's common key."""
-_ROPE_RULES: Mapping[str, _Rule] = {
-    "rope_type": _WORD, "type": _WORD, **{key: RULES[key] for key in ("rope_theta", "partial_rotary_factor")},
+_ROPE_RULES: Mapping[str, Rule] = {
+    "rope_type": WORD, "type": WORD, **{key: RULES[key] for key in ("rope_theta", "partial_rotary_factor")},
     **dict.fromkeys(("factor", "low_freq_factor", "high_freq_factor"), _ABOVE_ZERO),
-    **dict.fromkeys(("short_factor", "long_factor"), _Rule(
+    **dict.fromkeys(("short_factor", "long_factor"), Rule(
         "a list of numbers", lambda value: isinstance(value, list) and all(map(_is_number, value)))),
     "original_max_position_embeddings": _OWN_COUNT,
 }  # fmt: skip
@@ -157,7 +172,7 @@ def value_fault(config: Mapping[str, Any], keys: Mapping[str, str]) -> str:
     for common, rule in RULES.items():
         key = keys.get(common, common)
         null = (rule.null or key in _MAY_BE_NULL) and (model_type, key) not in _NEVER_NULL
-        if key in config and (fault := _fault(key, config[key], rule, null=null)):
+        if key in config and (fault := fault_of(key, config[key], rule, null=null)):
             return fault
     faults = (_rope_fault(key, config.get(key) or {}) for key in ("rope_scaling", "rope_parameters"))
     return next(filter(None, faults), "")
@@ -167,7 +182,7 @@ def _rope_fault(key: str, rope: Mapping[str, Any]) -> str:
     if nested := [name for name in rope if name in _LAYER_TYPES]:
         return f"{key} has a {nested[0]}, and all layers of this model turn alike"
     for name, rule in _ROPE_RULES.items():
-        if name in rope and (fault := _fault(f"{key}.{name}", rope[name], rule, null=rule.null)):
+        if name in rope and (fault := fault_of(f"{key}.{name}", rope[name], rule)):
             return fault
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ROPE_TYPES:
@@ -176,8 +191,9 @@ def _rope_fault(key: str, rope: Mapping[str, Any]) -> str:
     return f"{key} has no {missing[0]!r}, which {kind} needs" if missing else ""
 
 
-def _fault(key: str, value: object, rule: _Rule, *, null: bool) -> str:
-    if (value is None and null) or (value is not None and rule.holds(value)):
+def fault_of(key: str, value: object, rule: Rule, *, null: bool | None = None) -> str:
+    """What is wrong with a value by its rule; "" where nothing is. null: whether it may be null, if not by the rule."""
+    if rule.holds(value) if value is not None else (rule.null if null is None else null):
         return ""
     shown = repr(value)
     return f"{key} is {shown if len(shown) <= 60 else f'{shown[:57]}...'}, not {rule.words}"

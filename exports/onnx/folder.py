@@ -7,8 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from compress.artifact import write_json
-from compress.errors import StageFailed
-from compress.exports.onnx.blocks import ACTIVATIONS, Blocks
+from compress.exports.onnx.blocks import Blocks
 from compress.exports.onnx.decoder import build_decoder
 from compress.exports.onnx.encoder import build_encoder
 from compress.exports.onnx.genai import genai_config
@@ -34,10 +33,6 @@ def write_folder(
 ) -> str:  # fmt: skip
     """Write everything that a deployment needs to `context.out`; optimum's name of the task."""
     origin, out, family = context.input.path, context.out, described.shape.family
-    activation = described.key("hidden_act")
-    if activation not in ACTIVATIONS:
-        what = f"activation {activation!r} has no ONNX operators here"
-        raise StageFailed("export-onnx", what, f"supported: {', '.join(ACTIVATIONS)}")
     task = task_of(model, pooled=pooling is not None)
     with Graph(out, family.name) as graph:
         blocks = Blocks(graph, described, fused)

@@ -7,7 +7,7 @@ from typing import Any
 
 from compress.exports.onnx.weights import Model
 from compress.mixers.spec import FULL, LINEAR
-from compress.models.anatomy import HYBRID
+from compress.models.config import HYBRID
 from compress.runtime.ort import DENORMAL_AS_ZERO
 
 GENERIC_TYPE = "decoder"
