@@ -9,12 +9,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from compress.errors import InvalidInput
-from compress.mixers.spec import FULL, LINEAR, SLIDING, MixerSpec, read_specs
+from compress.mixers.spec import FULL, LINEAR, SLIDING, SPECS, FeatureMap, MixerSpec, read_specs
 from compress.mixers.widths import LayerWidths, widths_fault, with_entry
-from compress.models.config import HYBRID, rope_of, value_fault, with_defaults
+from compress.models.config import FLAG, FROM_ZERO, HYBRID, Rule, fault_of, rope_of, value_fault, with_defaults
 from compress.models.heads import BACKBONE, Head, Kind, architecture_of, named_head
 
 _BUFFER = re.compile(
@@ -434,6 +434,20 @@ def _layer_widths(config: Mapping[str, Any], shape: ModelShape, where: str) -> t
     return tuple(with_entry(shape, entry, grouped) for entry in entries or ())
 
 
+_MIXER_RULES: Mapping[str, Rule] = {
+    "type": Rule(f"one of {', '.join(SPECS)}", lambda value: value in tuple(SPECS)),
+    "feature_map": Rule(f"one of {', '.join(get_args(FeatureMap))}", lambda value: value in get_args(FeatureMap)),
+    "decay": Rule("none, scalar or dt", lambda value: value in ("none", "scalar", "dt")),
+    **dict.fromkeys(("normalised", "gate", "beta"), FLAG),
+    **dict.fromkeys(("conv_kernel", "window"), FROM_ZERO),
+}
+
+
+def _mixer_fault(spec: MixerSpec) -> str:
+    faults = (fault_of(name, getattr(spec, name), rule) for name, rule in _MIXER_RULES.items())
+    return next(filter(None, faults), "")
+
+
 def _mixers(config: Mapping[str, Any], num_layers: int, where: str) -> tuple[MixerSpec | None, ...]:
     if not str(config["model_type"]).startswith(HYBRID) or "mixers" not in config:
         return ()
@@ -442,6 +456,9 @@ def _mixers(config: Mapping[str, Any], num_layers: int, where: str) -> tuple[Mix
     except TypeError as error:
         what = f"config.json has a mixer that can't be read ({error})"
         raise InvalidInput(where, what, "was it converted by another version?") from error
+    if fault := next(filter(None, (_mixer_fault(spec) for spec in mixers if spec)), ""):
+        what = f"config.json has a mixer whose {fault}"
+        raise InvalidInput(where, what, "was it converted by another version?")
     if len(mixers) != num_layers:
         what = f"config.json has {len(mixers)} mixers for {num_layers} layers"
         raise InvalidInput(where, what, "give one entry a layer, null for softmax")

@@ -80,7 +80,7 @@ def _is_list(value: object, kind: type, values: tuple[str, ...] = ()) -> bool:
 
 _COUNT = Rule("a whole number from 1", _is_whole)
 _OWN_COUNT = _COUNT._replace(null=True)
-_FROM_ZERO = Rule("a whole number from 0", lambda value: _is_whole(value, 0))
+FROM_ZERO = Rule("a whole number from 0", lambda value: _is_whole(value, 0))
 FLAG = Rule("true or false", lambda value: isinstance(value, bool))
 WORD = Rule("a word in quotes", lambda value: isinstance(value, str))
 _FRACTION = Rule(
@@ -110,8 +110,8 @@ RULES: Mapping[str, Rule] = {
     **dict.fromkeys(("hidden_size", "num_attention_heads", "vocab_size", "max_position_embeddings"), _COUNT),
     "intermediate_size": _COUNT,
     **dict.fromkeys(("num_key_value_heads", "head_dim", "sliding_window", "num_labels"), _OWN_COUNT),
-    "max_window_layers": _FROM_ZERO,
-    "num_attention_sinks": _FROM_ZERO._replace(null=True),
+    "max_window_layers": FROM_ZERO,
+    "num_attention_sinks": FROM_ZERO._replace(null=True),
     **dict.fromkeys(
         ("tie_word_embeddings", "use_parallel_residual", "use_sliding_window", "is_decoder", "scale_attn_weights",
          "scale_attn_by_inverse_layer_idx"), FLAG,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
@@ -141,7 +142,7 @@ CHANGES: Mapping[str, tuple[str, dict[str, Any], str, str]] = {
         "rotary embeddings of type 'dynamic' depend on the text's length",
     ),
     "older words": (
-        "qwen2", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "choose-format",
+        "qwen2", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "export-onnx",
         "rotary embeddings of type 'dynamic'",
     ),
     "no rotation": ("llama", {"rope_parameters": {"rope_type": "spiral"}}, "evaluate", "rope_type is 'spiral', not"),
@@ -241,6 +242,24 @@ def test_a_file_that_says_nothing_sensible_is_named_at_checking(name: str, pico:
     assert words in found
     assert "\n" not in found
     assert len(found) < 700
+
+
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        ({"type": "line"}, "a mixer whose type is 'line', not one of linear"),
+        ({"type": "linear", "window": "8"}, "a mixer whose window is '8', not a whole number from 0"),
+        ({"type": "linear", "gate": 1}, "a mixer whose gate is 1, not true or false"),
+        ({"type": "linear", "feature_map": []}, "a mixer whose feature_map is [], not one of hedgehog"),
+        ({"kind": "linear"}, "a mixer that can't be read"),
+        (7, "a mixer that can't be read"),
+    ],
+)
+def test_a_mixer_of_no_kind_is_refused(entry: object, words: str, pico: Pico) -> None:
+    config = json.loads((pico("llama") / "config.json").read_text("utf-8"))
+    hybrid = config | {"model_type": "hybrid_llama", "mixers": [entry, None, None, None]}
+    with pytest.raises(InvalidInput, match=re.escape(words)):
+        shape_of(hybrid)
 
 
 def _checked(folder: Path, stage: str) -> str:
