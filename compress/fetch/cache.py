@@ -96,7 +96,7 @@ def recall(memo: Path) -> Any:
     """What was remembered; None where nothing was."""
     try:
         return json.loads(memo.read_text("utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
 
 

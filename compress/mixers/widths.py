@@ -76,7 +76,7 @@ def widths_fault(entries: object, num_layers: int, mixed: list[bool], grouped: b
         for name, value in (entry or {}).items():
             if name not in KEYS or (name == "num_key_value_heads" and not grouped):
                 return f"layer_widths[{layer}] has an unknown key {name!r}"
-            if not isinstance(value, int) or value < 1:
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 return f"layer_widths[{layer}].{name} is {value!r}, not a whole number from 1"
             if name == "v_head_dim" and not mixed[layer]:
                 return f"layer_widths[{layer}] has a v_head_dim, and its attention is softmax"

@@ -9,19 +9,16 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from compress.errors import InvalidInput
-from compress.mixers.spec import FULL, SLIDING, MixerSpec, read_specs
+from compress.mixers.spec import FULL, LINEAR, SLIDING, SPECS, FeatureMap, MixerSpec, read_specs
 from compress.mixers.widths import LayerWidths, widths_fault, with_entry
+from compress.models.config import FLAG, FROM_ZERO, HYBRID, Rule, fault_of, rope_of, value_fault, with_defaults
 from compress.models.heads import BACKBONE, Head, Kind, architecture_of, named_head
 
-HYBRID = "hybrid_"
-"""What the `model_type` of a converted model starts with; the rest is that of the model that was converted."""
 DTYPE_KEYS = ("dtype", "torch_dtype")
 """What `config.json` calls the type of the weights; transformers 4 knows the second only."""
-
-
 _BUFFER = re.compile(
     r"(^|\.)((attn|attention)\.(bias|masked_bias)|rotary_emb\.inv_freq|embeddings\.(position|token_type)_ids)$"
 )
@@ -99,6 +96,10 @@ class Family:
     def key(self, common: str) -> str:
         """This family's word in `config.json` for Hugging Face's common key."""
         return self.keys.get(common, common)
+
+    def is_hybrid(self, model_type: str) -> bool:
+        """Whether that is one of `hybrids`."""
+        return model_type in self.hybrids
 
 
 LLAMA = Family(
@@ -211,8 +212,9 @@ class ModelShape:
     own_v_head_dim: lanes of a head's values, where they are not head_dim. layer_types: `full_attention`,
     `sliding_attention` or `linear_attention` for each layer, where the file has it.
     layers_guessed: of those two only the numbers are known yet, not which layers. attention_features: what the softmax
-    attention has that no mixer can carry over, in the words of `config.json`. head: None where the file names no class
-    that is known. num_labels, problem_type: a classifier's. bytes_per_weight: on disk.
+    attention has that no mixer can carry over, in the words of `config.json`. rotary_dim: lanes of a head that turn, 0
+    where positions are learned. scales_by_layer: q·k is divided by the layer's own number. head: None where the file
+    names no class that is known. num_labels, problem_type: a classifier's. bytes_per_weight: on disk.
     """
 
     family: Family
@@ -233,6 +235,10 @@ class ModelShape:
     layer_types: tuple[str, ...] = ()
     layers_guessed: bool = False
     attention_features: tuple[str, ...] = ()
+    hidden_act: str = ""
+    rope_type: str = "default"
+    rotary_dim: int = 0
+    scales_by_layer: bool = False
     head: Head | None = None
     num_labels: int = 2
     problem_type: str = ""
@@ -345,44 +351,87 @@ def shape_of(config: Mapping[str, Any], where: str = "model") -> ModelShape:
         raise InvalidInput(where, "config.json has no model_type", "is this a transformers model?")
     family = family_of(model_type, where)
 
+    config = with_defaults(config, model_type)
+    if fault := value_fault(config, family.keys):
+        raise InvalidInput(where, f"config.json: {fault}", "correct it, or get the file again")
+
     def number(common: str, default: int | None = None) -> int:
         value = config.get(family.key(common))
         value = default if value is None else value
-        if not isinstance(value, int):
+        if value is None:
             raise InvalidInput(where, f"config.json has no whole number {family.key(common)!r}", "is it complete?")
-        return value
+        return int(value)
 
     hidden_size, num_heads = number("hidden_size"), number("num_attention_heads")
+    num_layers, groups, head_dim = number("num_hidden_layers"), num_heads, hidden_size // num_heads
+    if not family.tied_heads:
+        groups = number("num_key_value_heads", num_heads)
+    if not family.tied_heads or family.is_hybrid(model_type):
+        head_dim = number("head_dim", head_dim)
+    rope = rope_of(config)
     shape = ModelShape(
         family=family,
         model_type=model_type,
-        num_hidden_layers=number("num_hidden_layers"),
+        num_hidden_layers=num_layers,
         hidden_size=hidden_size,
         intermediate_size=number("intermediate_size", 4 * hidden_size),
         num_attention_heads=num_heads,
-        num_key_value_heads=number("num_key_value_heads", num_heads),
-        head_dim=number("head_dim", hidden_size // num_heads),
+        num_key_value_heads=groups,
+        head_dim=head_dim,
         vocab_size=number("vocab_size"),
-        max_position_embeddings=number("max_position_embeddings", 2048),
-        tie_word_embeddings=bool(config.get("tie_word_embeddings", family.name in ("gpt2", "bert"))),
+        max_position_embeddings=number("max_position_embeddings"),
+        tie_word_embeddings=config.get("tie_word_embeddings", False),
         residual="pre" if config.get("use_parallel_residual") is False else family.residual,
-        mixers=_mixers(config, number("num_hidden_layers"), where),
-        layer_types=_layer_types(config, number("num_hidden_layers")),
+        mixers=_mixers(config, num_layers, where),
+        layer_types=_layer_types(config, num_layers),
         attention_features=tuple(_attention_features(config)),
+        hidden_act=config[family.key("hidden_act")],
+        rope_type=rope["rope_type"],
+        rotary_dim=int(head_dim * rope["partial_rotary_factor"]) if family.position == "rotary" else 0,
+        scales_by_layer=config.get("scale_attn_by_inverse_layer_idx", False),
         head=named_head(architecture_of(config)),
         num_labels=_num_labels(config),
-        problem_type=str(config.get("problem_type") or ""),
+        problem_type=config.get("problem_type") or "",
         bytes_per_weight=2.0 if any(config.get(key) in ("bfloat16", "float16") for key in DTYPE_KEYS) else 4.0,
     )
+    if fault := _misfit(config, shape):
+        raise InvalidInput(where, f"config.json: {fault}", "correct it, or get the file again")
     return replace(shape, layer_widths=_layer_widths(config, shape, where))
 
 
 def _layer_types(config: Mapping[str, Any], num_layers: int) -> tuple[str, ...]:
     """`full_attention` or `sliding_attention` of each layer, where the file has them or follows from Qwen's keys."""
     said, first = config.get("layer_types"), config.get("max_window_layers")
-    if said or not (config.get("use_sliding_window") and config.get("sliding_window") and isinstance(first, int)):
+    if said is not None or first is None:
         return tuple(said or ())
-    return tuple(FULL if layer < first else SLIDING for layer in range(num_layers))
+    slides = config.get("use_sliding_window") and config.get("sliding_window")
+    return tuple(SLIDING if slides and layer >= first else FULL for layer in range(num_layers))
+
+
+def _misfit(config: Mapping[str, Any], shape: ModelShape) -> str:
+    """What numbers that are right each by itself make impossible together; "" where they fit."""
+    heads, groups, hidden = shape.num_attention_heads, shape.num_key_value_heads, shape.hidden_size
+    hybrid, types = shape.family.is_hybrid(shape.model_type), shape.layer_types
+    divides = shape.family.tied_heads or shape.model_type == "llama"
+    if heads % groups:
+        return f"num_attention_heads {heads} is no multiple of num_key_value_heads {groups}"
+    if hidden % heads and divides and not hybrid:
+        return f"{shape.family.key('hidden_size')} {hidden} is no multiple of {heads} heads"
+    if not shape.head_dim:
+        return f"hidden_size {hidden} is too small for {heads} heads"
+    if shape.rotary_dim == shape.head_dim and shape.head_dim % 2:
+        return f"heads of {shape.head_dim} lanes can't be turned by halves"
+    if shape.family.position == "rotary" and shape.rotary_dim < 1:
+        return f"partial_rotary_factor leaves none of {shape.head_dim} lanes to turn"
+    told = bool(types) or (not hybrid and config.get("layer_types") is not None)
+    if told and len(types) != shape.num_hidden_layers:
+        return f"layer_types has {len(types)} entries for {shape.num_hidden_layers} layers"
+    if LINEAR in types and not hybrid:
+        return f"layer_types has {LINEAR}, which no {shape.model_type} has"
+    windowed = config.get("sliding_window") and (hybrid or config.get("use_sliding_window", True))
+    if SLIDING in types and not windowed:
+        return f"layer_types has {SLIDING}, and there is no sliding_window"
+    return ""
 
 
 def _num_labels(config: Mapping[str, Any]) -> int:
@@ -399,6 +448,20 @@ def _layer_widths(config: Mapping[str, Any], shape: ModelShape, where: str) -> t
     return tuple(with_entry(shape, entry, grouped) for entry in entries or ())
 
 
+_MIXER_RULES: Mapping[str, Rule] = {
+    "type": Rule(f"one of {', '.join(SPECS)}", lambda value: value in tuple(SPECS)),
+    "feature_map": Rule(f"one of {', '.join(get_args(FeatureMap))}", lambda value: value in get_args(FeatureMap)),
+    "decay": Rule("none, scalar or dt", lambda value: value in ("none", "scalar", "dt")),
+    **dict.fromkeys(("normalised", "gate", "beta"), FLAG),
+    **dict.fromkeys(("conv_kernel", "window"), FROM_ZERO),
+}
+
+
+def _mixer_fault(spec: MixerSpec) -> str:
+    faults = (fault_of(name, getattr(spec, name), rule) for name, rule in _MIXER_RULES.items())
+    return next(filter(None, faults), "")
+
+
 def _mixers(config: Mapping[str, Any], num_layers: int, where: str) -> tuple[MixerSpec | None, ...]:
     if not str(config["model_type"]).startswith(HYBRID) or "mixers" not in config:
         return ()
@@ -407,6 +470,9 @@ def _mixers(config: Mapping[str, Any], num_layers: int, where: str) -> tuple[Mix
     except TypeError as error:
         what = f"config.json has a mixer that can't be read ({error})"
         raise InvalidInput(where, what, "was it converted by another version?") from error
+    if fault := next(filter(None, (_mixer_fault(spec) for spec in mixers if spec)), ""):
+        what = f"config.json has a mixer whose {fault}"
+        raise InvalidInput(where, what, "was it converted by another version?")
     if len(mixers) != num_layers:
         what = f"config.json has {len(mixers)} mixers for {num_layers} layers"
         raise InvalidInput(where, what, "give one entry a layer, null for softmax")
@@ -425,9 +491,9 @@ def _attention_features(config: Mapping[str, Any]) -> Iterator[str]:
     for key in ("attn_logit_softcapping", "attention_logit_softcapping", "attention_sinks", "num_attention_sinks"):
         if config.get(key):
             yield f"{key} {config[key]}"
-    share = (config.get("rope_parameters") or config).get("partial_rotary_factor", 1.0)
+    share = rope_of(config)["partial_rotary_factor"]
     if share != 1.0:
         yield f"partial_rotary_factor {share}"
     window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
-    if window and not config.get("layer_types") and config.get("max_window_layers") is None:
+    if window and config.get("layer_types") is None and config.get("max_window_layers") is None:
         yield f"sliding_window {window} in every layer"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -11,6 +12,7 @@ from compress.errors import CompressError
 from compress.fetch import cache
 from compress.fetch.cache import recall
 from compress.models.anatomy import kind_of
+from compress.models.companions import companion_fault
 from compress.models.files import adapter_problem, link_problem, stays_inside
 from compress.models.heads import BACKBONE, architecture_of, misfit, named_head
 from compress.models.pooling import MODULES, read_pooling
@@ -53,14 +55,17 @@ def folder_problem(folder: Path, readable: Collection[str] = ()) -> tuple[str, s
         return "has no readable config.json", "name the folder that save_pretrained wrote"
     if (folder / GENERATION).exists() and not isinstance(recall(folder / GENERATION), dict):
         return f"has no readable {GENERATION}", "fetch it again, or take it away"
+    if fault := _index_fault(folder):
+        return fault, "copy or fetch it again"
     named = weight_names(folder)
     if not named:
         if any(folder.glob("*.bin")):
             return "holds its weights as pickles only, which can run code", "save it as safetensors where you trust it"
         what = f"has no .safetensors weights: neither {WEIGHTS} nor {INDEX}"
         return what, "name the folder that save_pretrained wrote"
-    quantization = config.get("quantization_config")
-    method = quantization.get("quant_method", "an unknown method") if quantization else None
+    quantization = config.get("quantization_config") or {"quant_method": None}
+    unknown = "an unknown method"
+    method = quantization.get("quant_method", unknown) if isinstance(quantization, dict) else unknown
     if method not in (None, *readable):
         return f"is quantised already ({method})", "name the model that it was made from"
     kind = kind_of(config)
@@ -70,6 +75,8 @@ def folder_problem(folder: Path, readable: Collection[str] = ()) -> tuple[str, s
             read_pooling(folder)
     except CompressError as error:
         return error.problem.what, error.problem.fix
+    if fault := companion_fault(folder):
+        return f"has a {fault}", "correct it, or get the file again"
     return misfit(config, kind, tensor_names(folder)) if kind else None
 
 
@@ -86,7 +93,7 @@ def files_problem(folder: Path) -> tuple[str, str] | None:
         return f"has weights that config.json names ({_OWN_WEIGHTS}: {named!r})", f"call them {WEIGHTS}, and remove it"
     if outside := sorted({*shards} - {*inside}):
         return f"has weights outside of it: {outside[0]} ({INDEX})", "name a file in the folder, and put it there"
-    missing = [name for name in shards if not (folder / name).is_file()]
+    missing = [name for name in shards if not os.path.isfile(folder / name)]  # os.path: no OSError for a name too long
     if missing:
         return f"lacks {missing[0]}, one of its {len(shards)} weight files", "copy or fetch it again"
     return None
@@ -102,6 +109,16 @@ def indexed(folder: Path) -> list[str]:
     index = recall(folder / INDEX)
     named = index.get("weight_map") if isinstance(index, dict) else None
     return sorted({str(name) for name in named.values()}) if isinstance(named, dict) else []
+
+
+def _index_fault(folder: Path) -> str:
+    """What is wrong with the index, where there is one and it is what is read; "" where nothing is."""
+    if (folder / WEIGHTS).is_file() or not (folder / INDEX).is_file():
+        return ""
+    index = recall(folder / INDEX)
+    named = index.get("weight_map") if isinstance(index, dict) else None
+    whole = isinstance(named, dict) and bool(named) and all(isinstance(name, str) for name in named.values())
+    return "" if whole else f"has an {INDEX} without a weight_map from tensors to files"
 
 
 def tensor_names(folder: Path) -> set[str]:
@@ -147,7 +164,8 @@ def config_of(folder: Path) -> dict[str, Any] | None:
 
 def _of_modules(folder: Path) -> list[Path]:
     places = [folder / name for name in module_folders(folder)] or [folder / "1_Pooling"]
-    return sorted(file for place in places for name in _MODULE_FILES for file in place.glob(name) if file.is_file())
+    return sorted(file for place in places if os.path.isdir(place)
+                  for name in _MODULE_FILES for file in place.glob(name) if file.is_file())  # fmt: skip
 
 
 def _is_own(file: Path, folder: Path) -> bool:

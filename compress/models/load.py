@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from compress.artifact import write_json
 from compress.errors import CompressError
 from compress.fetch.cache import recall
-from compress.models.anatomy import HYBRID, is_buffer
+from compress.models.anatomy import is_buffer
+from compress.models.config import HYBRID
 from compress.models.dtypes import as_stored, declare_dtype, half_types
 from compress.models.folder import CARDS, COMPANIONS, VOCABULARIES, config_of, model_files, tensor_names
 from compress.models.heads import BACKBONE, architecture_of, lacks_pooler, named_head

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from compress.errors import CompressError
 from compress.fetch.cache import recall
+from compress.models.config import FLAG, fault_of
 from compress.models.files import stays_inside
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def read_pooling(folder: Path) -> Pooling | None:
     if not isinstance(declared, dict):
         what = f"has no readable {file.relative_to(folder)}, which says how sentences are pooled"
         raise CompressError(str(folder), what, "fetch the whole folder")
-    modes = _modes(declared)
+    modes = _modes(declared, folder, file)
     if len(modes) != 1 or modes[0] not in _MODES:
         named = " and ".join(map(repr, modes))
         what = f"pools sentences by {named} ({file.relative_to(folder)}), which is not supported"
@@ -77,11 +78,17 @@ def _modules(folder: Path) -> Iterator[tuple[str, str]]:
         yield kind, path
 
 
-def _modes(declared: Mapping[str, Any]) -> list[str]:
-    """The modes that a pooling's config turns on, sorted; the mean where it says nothing of any."""
+def _modes(declared: Mapping[str, Any], folder: Path, file: Path) -> list[str]:
+    """The modes that a pooling's config turns on, sorted; the mean where it says nothing of any.
+
+    Raises CompressError for a switch that is neither on nor off.
+    """
     said = declared.get("pooling_mode")
     if said is not None:
         return [str(mode) for mode in (said if isinstance(said, list) else [said])]
     start = "pooling_mode_"
     flags = {key.removeprefix(start): value for key, value in declared.items() if key.startswith(start)}
+    for mode, on in flags.items():
+        if fault := fault_of(f"{start}{mode}", on, FLAG):
+            raise CompressError(str(folder), f"has a {file.relative_to(folder)} whose {fault}", "correct it")
     return sorted(mode for mode, on in flags.items() if on) if flags else ["mean"]

@@ -31,11 +31,13 @@ def read_folder(reader: Any, folder: Path, fix: str, **options: Any) -> Any:
 
     It says so where only code of its own could read it.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
+    kinds = (OSError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError, ImportError)
     try:
         return from_pretrained(reader, folder, **options)
-    except (OSError, ValueError, LookupError, RuntimeError, ImportError, SafetensorError) as error:
+    except (*kinds, StrictDataclassError, SafetensorError) as error:
         if _OFFERS_CODE in str(error):
             what, fix = "can be read only by Python code that it brings, which is never run", "name another model"
         else:

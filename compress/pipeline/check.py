@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from compress.data.text import check_special_ids
 from compress.errors import CompressError, InvalidInput, Problem
 from compress.models.anatomy import ModelShape, shape_of
 from compress.models.sources import parse_source
@@ -56,8 +57,8 @@ def check_file(path: Path) -> Checked:
             source = parse_source(draft.model, place)
             config = source.config()
             shape = None if config is None else shape_of(config, place)
-            if config is not None:
-                source.fetch()  # at hand already: what its folder lacks is told now
+            if shape is not None:
+                _check_ids(source.fetch(), shape.vocab_size)  # at hand already: what its folder lacks is told now
         except InvalidInput as error:
             problems += error.problems
         except CompressError as error:
@@ -82,6 +83,14 @@ def valid_pipeline(path: Path) -> Pipeline:
     if checked.problems or checked.draft is None:
         raise InvalidInput.of(checked.problems)
     return checked.draft.pipeline()
+
+
+def _check_ids(folder: Path, vocab_size: int) -> None:
+    try:
+        check_special_ids(folder, vocab_size)
+    except CompressError as error:
+        named = error.problem
+        raise CompressError(str(folder), f"its {named.where} {named.what}", named.fix) from error
 
 
 def _data_problems(draft: Draft) -> Iterator[Problem]:

@@ -21,7 +21,7 @@ ALONE = "export alone"
 AUTO = "auto"
 _SHAPE = {
     "num_hidden_layers": 12, "hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12,
-    "vocab_size": 32000, "max_position_embeddings": 8192,
+    "num_key_value_heads": 12, "vocab_size": 32000, "max_position_embeddings": 8192, "sliding_window": None,
 }  # fmt: skip
 
 

@@ -124,7 +124,7 @@ def twin_config(config: Mapping[str, Any]) -> dict[str, Any]:
             twin[key(name)] = math.ceil(width / WIDTH_STEP) * WIDTH_STEP
         if shape.hidden_size == shape.num_attention_heads * shape.head_dim:
             twin[key("hidden_size")] = shape.num_attention_heads * HEAD_DIM
-        if "head_dim" in config:
+        if "head_dim" in config or not shape.family.tied_heads:
             twin["head_dim"] = HEAD_DIM
     return twin
 

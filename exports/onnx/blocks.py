@@ -16,8 +16,6 @@ from compress.exports.onnx.matrices import Matrix
 from compress.exports.onnx.weights import Model, array, stack_rows, stackable
 from compress.quant.qtensor import QTensor
 
-ACTIVATIONS = ("silu", "swish", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "relu", "tanh")
-
 
 @dataclass(frozen=True)
 class Stream:

@@ -6,8 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from compress.artifact import write_json
-from compress.errors import StageFailed
-from compress.exports.onnx.blocks import ACTIVATIONS, Blocks
+from compress.exports.onnx.blocks import Blocks
 from compress.exports.onnx.decoder import build_decoder
 from compress.exports.onnx.encoder import build_encoder
 from compress.exports.onnx.genai import genai_config
@@ -38,10 +37,6 @@ def write_folder(
     chunk_size and max_length: of fused decoders, see `genai_config`.
     """
     origin, out, family = context.input.path, context.out, described.shape.family
-    activation = described.key("hidden_act")
-    if activation not in ACTIVATIONS:
-        what = f"activation {activation!r} has no ONNX operators here"
-        raise StageFailed("export-onnx", what, f"supported: {', '.join(ACTIVATIONS)}")
     task = task_of(model, pooled=pooling is not None)
     with Graph(out, family.name) as graph:
         blocks = Blocks(graph, described, fused)

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from compress.exports.onnx.sampling import search_options
 from compress.mixers.spec import FULL, LINEAR
-from compress.models.anatomy import HYBRID, ModelShape
+from compress.models.anatomy import ModelShape
+from compress.models.config import HYBRID
 from compress.runtime.ort import DENORMAL_AS_ZERO
 
 if TYPE_CHECKING:

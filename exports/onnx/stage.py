@@ -11,8 +11,9 @@ from pydantic import Field
 
 from compress.artifact import Format, Metrics
 from compress.errors import Problem, StageFailed
-from compress.exports.onnx import FEW
+from compress.exports.onnx import ACTIVATIONS, FEW, ROPE_TYPES
 from compress.exports.onnx.genai import room
+from compress.exports.onnx.rotary import padded_width
 from compress.models.anatomy import ModelShape
 from compress.options import counted
 from compress.quant import bnb
@@ -94,9 +95,7 @@ class ExportOnnx(Stage):
     def check(self, model: ModelShape) -> Iterator[Problem]:
         """Formats, sizes and caches that the operators can't do."""
         has_softmax = None in (model.mixers or (None,))
-        if self.fused and model.family.kind == "decoder" and has_softmax and model.head_dim % 8:
-            what = f"GroupQueryAttention needs heads of a multiple of 8, these have {model.head_dim}"
-            yield Problem("fused", what, "set fused: false")
+        yield from no_operators(model, fused=self.fused)
         if any(spec and spec.window for spec in model.mixers or ()) and (problem := _missing_window()):
             yield problem
         if self.max_length is not None and not self._is_fused_decoder(model):
@@ -241,6 +240,29 @@ class ExportOnnx(Stage):
             fused=self.fused, chunk_size=self.chunk_size, max_length=self._room(described.shape),
         )  # fmt: skip
         return expectations(model, tokenizer, task, pooling, described, self.chunk_size), held_out
+
+
+def no_operators(model: ModelShape, *, fused: bool) -> Iterator[Problem]:
+    """What of a model, whatever its weights' format, no operators compute."""
+    if model.hidden_act not in ACTIVATIONS:
+        what = f"activation {model.hidden_act!r} has no ONNX operators here"
+        yield Problem("", what, f"supported: {', '.join(ACTIVATIONS)}")
+    if model.rotary_dim and model.rope_type not in ROPE_TYPES:
+        what = f"rotary embeddings of type {model.rope_type!r} depend on the text's length, which a table can't"
+        yield Problem("", what, f"supported: {', '.join(ROPE_TYPES)}")
+    if not fused or model.family.kind != "decoder" or None not in (model.mixers or (None,)):
+        return
+    half = (model.rotary_dim + 1) // 2
+    width = padded_width(half)
+    what = ""
+    if model.head_dim % 8:
+        what = f"needs heads of a multiple of 8, these have {model.head_dim}"
+    elif 2 * width > model.head_dim:
+        what = f"can't rotate {2 * half} of {model.head_dim} lanes"
+    elif width != half and model.model_type.endswith("qwen3"):  # whose q and k are normed apart
+        what = "can't rotate heads of this width where q and k stand apart"
+    if what:
+        yield Problem("fused", f"GroupQueryAttention {what}", "set fused: false")
 
 
 def _refuse_other_format(artifact: Artifact, wanted: str) -> None:

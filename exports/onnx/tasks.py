@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from compress.models.anatomy import HYBRID, shape_of
+from compress.models.anatomy import shape_of
+from compress.models.config import HYBRID
 from compress.models.heads import named_head
 
 if TYPE_CHECKING:

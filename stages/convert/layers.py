@@ -9,7 +9,8 @@ from typing import Literal
 
 from compress.errors import Problem
 from compress.mixers.spec import FULL, LINEAR, SLIDING, WINDOWED, MixerSpec
-from compress.models.anatomy import HYBRID, ModelShape
+from compress.models.anatomy import ModelShape
+from compress.models.config import HYBRID
 from compress.models.layer_choice import count
 
 To = Literal["linear", "gated-linear", "mamba2", "gated-delta", "sliding"]

@@ -15,6 +15,12 @@ from compress.models.layer_choice import Layers, count
 from compress.options import counted
 from compress.stage import Given, Stage, StageContext, unjudged
 
+SCALED = Problem(
+    "", "scale_attn_by_inverse_layer_idx: the layers after a dropped one would change their scale",
+    "this model's layers can't be dropped",
+)  # fmt: skip
+"""Why no layer of such a GPT-2 can go."""
+
 if TYPE_CHECKING:
     from compress.models.parts import Parts
     from compress.stages.prune.scores import Choice
@@ -74,6 +80,8 @@ class PruneLayers(Stage):
 
     def check(self, model: ModelShape) -> Iterator[Problem]:
         """Whether the model has these layers, and takes text blocks of this length."""
+        if model.scales_by_layer:
+            yield SCALED
         option, asked = self._asked
         total, kept = model.num_hidden_layers, self._num_kept(model.num_hidden_layers)
         if isinstance(asked, tuple) and (len(set(asked)) < len(asked) or max(asked) >= total):

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from compress.errors import StageFailed
 from compress.models.origins import Origins
 from compress.models.parts import Parts
+from compress.stages.prune.layers import SCALED
 
 
 def drop_layers(model: PreTrainedModel, dropped: Collection[int]) -> None:
@@ -21,8 +22,7 @@ def drop_layers(model: PreTrainedModel, dropped: Collection[int]) -> None:
     """
     config = model.config
     if getattr(config, "scale_attn_by_inverse_layer_idx", False):
-        what = "scale_attn_by_inverse_layer_idx: the layers after a dropped one would change their scale"
-        raise StageFailed("prune-layers", what, "this model's layers can't be dropped")
+        raise StageFailed("prune-layers", SCALED.what, SCALED.fix)
     parts, before = Parts(model), Origins.of(config.to_dict())
     kept = [index for index in range(len(parts.layers)) if index not in dropped]
     parts.replace_layers([parts.layers[index] for index in kept])
