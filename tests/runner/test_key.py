@@ -128,7 +128,7 @@ DIFFERENT: dict[str, dict[str, list[Any]]] = {
     "export-onnx": {
         "format": ["fp32", "int8", "int4"], "fused": [False, True], "kv_cache": ["float32", "int8"],
         "parity_tolerance": [1e-3, 1e-2], "chunk_size": [None, 128, 256], "prompt": [None, "int8"],
-        "prompt_exceptions": ["auto", (), ("down_proj",)],
+        "prompt_exceptions": ["auto", (), ("down_proj",)], "max_length": [None, 64, 128],
     },
     "evaluate": {
         "tokens": [4096, 8192], "sequence_length": [128, 256], "against": [SOURCE, "prune-layers"], "recall": [OUT, {}],
@@ -250,7 +250,7 @@ SAME: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("choose-format", {"prompts": [64]}, {"prompts": [64], "prefer": {"prefill": 1, "decode": 32}}),
     ("choose-format", {"prompts": [64]}, {"prompts": [64], "quantize": {"method": "gptq"}, "export": {"fused": True}}),
     ("export-onnx", {}, {"format": "fp32"}),
-    ("export-onnx", {}, {"chunk_size": 256}),
+    ("export-onnx", {}, {"chunk_size": 256, "max_length": 2048}),
     ("export-onnx", {"fused": False}, {"fused": False, "chunk_size": 64}),
     ("evaluate", {}, {"tokens": 8192}),
     ("evaluate", {"recall": {}}, {"recall": {"samples": 8, "contexts": [256, 1024]}}),
