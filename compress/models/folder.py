@@ -53,8 +53,6 @@ def folder_problem(folder: Path, readable: Collection[str] = ()) -> tuple[str, s
     config = recall(folder / "config.json")
     if not isinstance(config, dict):
         return "has no readable config.json", "name the folder that save_pretrained wrote"
-    if (folder / GENERATION).exists() and not isinstance(recall(folder / GENERATION), dict):
-        return f"has no readable {GENERATION}", "fetch it again, or take it away"
     if fault := _index_fault(folder):
         return fault, "copy or fetch it again"
     named = weight_names(folder)
