@@ -33,7 +33,7 @@ def link_problem(folder: Path, patterns: Iterable[str]) -> tuple[str, str] | Non
     """
     for pattern in map(PurePosixPath, patterns):
         place = folder / pattern.parent
-        for file in sorted(place.iterdir()) if place.is_dir() else ():
+        for file in sorted(place.iterdir()) if os.path.isdir(place) else ():  # False for a name too long, or with a NUL
             if fnmatchcase(file.name, pattern.name) and file.is_symlink() and not file.exists():
                 what = f"has a link to nothing: {file.relative_to(folder)} → {os.readlink(file)}"
                 return what, "put the file where the link leads, or a copy in the link's place"

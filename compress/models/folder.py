@@ -53,8 +53,6 @@ def folder_problem(folder: Path, readable: Collection[str] = ()) -> tuple[str, s
     config = recall(folder / "config.json")
     if not isinstance(config, dict):
         return "has no readable config.json", "name the folder that save_pretrained wrote"
-    if fault := _index_fault(folder):
-        return fault, "copy or fetch it again"
     named = weight_names(folder)
     if not named:
         if any(folder.glob("*.bin")):
@@ -87,6 +85,8 @@ def files_problem(folder: Path) -> tuple[str, str] | None:
     read = (*CONTENT, *CARDS, WEIGHTS, *inside, "additional_chat_templates", *modules, *parts)
     if problem := adapter_problem(folder) or link_problem(folder, read):
         return problem
+    if fault := _index_fault(folder):
+        return fault, "copy or fetch it again"
     if named := (config_of(folder) or {}).get(_OWN_WEIGHTS):
         return f"has weights that config.json names ({_OWN_WEIGHTS}: {named!r})", f"call them {WEIGHTS}, and remove it"
     if outside := sorted({*shards} - {*inside}):

@@ -7,18 +7,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from compress.exports.onnx import padded_width
+
 if TYPE_CHECKING:
     from compress.models.parts import Parts
 
-_MULTIPLE = 8
-"""`GroupQueryAttention` takes tables of multiples of 8 columns."""
 
 Table = NDArray[np.float32]
 
 
 def rotary_tables(parts: Parts) -> tuple[Table, Table] | None:
-    """cos and sin `(max_position_embeddings, rotary_dim / 2)`; None where positions are learned.
-    """
+    """cos and sin `(max_position_embeddings, rotary_dim / 2)`; None where positions are learned."""
     if parts.family.position != "rotary":
         return None
     import torch
@@ -29,11 +28,6 @@ def rotary_tables(parts: Parts) -> tuple[Table, Table] | None:
         cos, sin = rotary(torch.zeros(1, dtype=torch.float32), positions)
     half = cos.shape[-1] // 2
     return cos[0, :, :half].contiguous().numpy(), sin[0, :, :half].contiguous().numpy()
-
-
-def padded_width(half: int) -> int:
-    """Columns of the tables that the operator takes for `half` of them."""
-    return -(-half // _MULTIPLE) * _MULTIPLE
 
 
 def padded_rotary(cos: Table, sin: Table, head_dim: int) -> tuple[Table, Table, NDArray[np.int64] | None]:

@@ -11,9 +11,8 @@ from pydantic import Field
 
 from compress.artifact import Format, Metrics
 from compress.errors import Problem, StageFailed
-from compress.exports.onnx import ACTIVATIONS, FEW, ROPE_TYPES
+from compress.exports.onnx import ACTIVATIONS, FEW, ROPE_TYPES, padded_width
 from compress.exports.onnx.genai import room
-from compress.exports.onnx.rotary import padded_width
 from compress.models.anatomy import ModelShape
 from compress.options import counted
 from compress.quant import bnb

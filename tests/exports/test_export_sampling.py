@@ -129,7 +129,7 @@ def test_several_end_tokens_or_none(
 def test_a_generation_config_that_is_none(text: str, pico: Callable[[str], Path], tmp_path: Path) -> None:
     source = make_pico("llama", tmp_path, num_hidden_layers=1)
     (source / "generation_config.json").write_text(text)
-    with pytest.raises(InvalidInput, match=r"has no readable generation_config\.json; fetch it again"):
+    with pytest.raises(InvalidInput, match=r"a generation_config\.json that is no mapping in JSON"):
         parse_source(str(source))
 
 
