@@ -76,8 +76,10 @@ class ExportOnnx(Stage):
         "or its end; auto: those that rounded activations harm, found on training text; []: none",
     )
     parity_tolerance: float = Field(
-        1e-3, gt=0, le=1, description="largest difference of a logit from torch's, activations unrounded"
-    )
+        1e-3, gt=0, le=1,
+        description="largest difference of an output from torch's, as a share of the spread (standard deviation) of "
+        "torch's outputs, activations unrounded",
+    )  # fmt: skip
 
     def before(self, accepted: Format) -> Sequence[tuple[str, Mapping[str, Any]]]:
         """The quantize stage that `format` is short for."""
@@ -188,7 +190,10 @@ class ExportOnnx(Stage):
             what = "what is rounded moves logits by %.2g at most, whole against step by step by %.2g"
             context.reporter.log.info(what, shipped.max_error, shipped.own_step_error)
         seconds = time.perf_counter() - start
-        figures = {"parity_max_error": parity.max_error, "greedy_mismatches": float(parity.mismatches), **lost}
+        figures = {"parity_max_error": parity.max_error, "parity_relative_error": parity.relative_error,
+                   "greedy_mismatches": float(parity.mismatches), **lost}  # fmt: skip
+        if shipped.num_tokens:
+            figures["greedy_agreement"] = shipped.greedy_agreement
         return {"result": {**figures, "export_seconds": seconds}}
 
     def _export(self, context: StageContext) -> tuple[Expectations, dict[str, NDArray[np.int64]]]:
