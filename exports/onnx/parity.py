@@ -5,7 +5,7 @@ Shapes: T prompt tokens, N tokens generated after it, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,12 +35,16 @@ ROUNDING_LIMIT = 0.5
 _LIMITS = {"blocks": 0.15, "few levels": 0.3, "cache": 0.15, "tensor": ROUNDING_LIMIT}
 """The same by what is rounded, some three to five times what it costs where nothing is wrong.
 
-blocks: a step is a 254th of a block's range, 0.5 % of what it rounds: 0.02 to 0.035 behind 30 layers and behind 6. few
+blocks: a step is a 127th of a block's largest, 0.5 % of what it rounds: 0.02 to 0.04 behind 4, 6 and 30 layers. few
 levels: the same activations, but weights of 2 bits magnify what they are given: 0.01 to 0.12. cache: a step is a 127th
-of 1.5 times a channel's range, as fine as a block's. tensor: one range for all, so that it is outliers that set the
-step, from call to call: 0.05 to 0.16, and 0.65 where layers with outliers must be excepted.
+of 1.5 times a channel's largest, and it is keys and values alone: 0.03 behind 4 layers. tensor: one range for all, so
+that outliers set the step, from call to call: 0.01 to 0.16, and 0.65 where layers with outliers must be excepted.
 Measured: benchmarks/results/quantisation-parity_smollm2-135m.md.
 """
+_FEW_OUTPUTS = 64
+"""A classifier's, which may be almost the same: a spread of nothing says nothing of how exact they are."""
+_OF_TOKENS = 3
+"""Axes of an output that has a row for each token."""
 _PAGES = {"assignment": 1.0, "exceptions": 0.1}
 """Pages of the interpreter's own documentation, real text that is always at hand, and their share of `MAX_PROMPT`."""
 
@@ -82,6 +86,14 @@ class Expectations:
     dummy: Arrays
     batch: Batch | None = None
     rounding_limit: float = ROUNDING_LIMIT
+
+    def spreads(self) -> dict[str, float]:
+        """Of each output, over all texts: a classifier's few numbers of one text may lie close together by chance."""
+        texts = [*self.prompts, *(self.batch.rows if self.batch else ())]
+        return {
+            name: _spread(np.concatenate([text.outputs[name].ravel() for text in texts]))
+            for name in self.prompts[0].outputs
+        }
 
 
 @dataclass(frozen=True)
@@ -241,35 +253,36 @@ def _compare(onnx: OnnxModel, expected: Expectations, tolerance: float) -> Parit
     dummy |= {slot.past: dummy[slot.past].astype(slot.dtype) for slot in onnx.cache}
     onnx.run({name: dummy[name] for name in onnx.inputs})
     parity = Parity()
+    if not onnx.is_decoder:
+        return parity.worst(_compare_encoder(onnx, expected))
     for one in expected.prompts:
-        compared = _compare_decoder(onnx, one, tolerance) if onnx.is_decoder else _compare_encoder(onnx, one)
-        parity = parity.worst(compared)
-    return parity.worst(_compare_batch(onnx, expected.batch)) if expected.batch else parity
+        parity = parity.worst(_compare_decoder(onnx, one, tolerance))
+    return parity
 
 
-def _compare_encoder(onnx: OnnxModel, expected: Expected) -> Parity:
-    actual = onnx.encode(expected.prompt)
-    return _compare_outputs([(actual[name], expected.outputs[name]) for name in onnx.outputs])
-
-
-def _compare_batch(onnx: OnnxModel, batch: Batch) -> Parity:
-    """What a row has for itself, of each of its own tokens where an output is of tokens, whatever lies beside it."""
-    actual, pairs = onnx.encode(**batch.feeds), []
-    for row, alone in enumerate(batch.rows):
-        own = batch.feeds["attention_mask"][row] == 1
+def _compare_encoder(onnx: OnnxModel, expected: Expectations) -> Parity:
+    parity, spreads = Parity(), expected.spreads()
+    for actual, wanted in _encoded(onnx, expected):
         for name in onnx.outputs:
-            expected = alone.outputs[name]
-            of_tokens = expected.ndim == len(("batch", "token", "channel"))
-            pairs.append((actual[name][row : row + 1][:, own] if of_tokens else actual[name][row : row + 1], expected))
-    return _compare_outputs(pairs)
+            pair = actual[name], wanted.outputs[name]
+            error, rms = _difference(*pair), _rms(*pair)
+            worst = Parity(error, relative_error=error / spreads[name], relative_rms=rms / spreads[name])
+            parity = parity.worst(worst)
+    return parity
 
 
-def _compare_outputs(pairs: Sequence[tuple[NDArray[Any], NDArray[Any]]]) -> Parity:
-    return Parity(
-        whole_error=max(_difference(*pair) for pair in pairs),
-        relative_error=max(_relative_error(*pair) for pair in pairs),
-        relative_rms=max(_relative_rms(*pair) for pair in pairs),
-    )
+def _encoded(onnx: OnnxModel, expected: Expectations) -> Iterator[tuple[Arrays, Expected]]:
+    """Outputs beside torch's: of each prompt, and of each row's own tokens in the batch, whatever lies beside it."""
+    for one in expected.prompts:
+        yield onnx.encode(one.prompt), one
+    if expected.batch:
+        whole = onnx.encode(**expected.batch.feeds)
+        for row, alone in enumerate(expected.batch.rows):
+            own = expected.batch.feeds["attention_mask"][row] == 1
+            yield {
+                name: whole[name][row : row + 1][:, own if wanted.ndim == _OF_TOKENS else ...]
+                for name, wanted in alone.outputs.items() if name in whole
+            }, alone  # fmt: skip
 
 
 def _compare_decoder(onnx: OnnxModel, expected: Expected, tolerance: float) -> Parity:
@@ -289,8 +302,8 @@ def _compare_decoder(onnx: OnnxModel, expected: Expected, tolerance: float) -> P
     pairs = (whole, expected.outputs["logits"]), (steps_NV, logits_NV)
     return Parity(
         *(_difference(*pair) for pair in pairs), _difference(own_NV, steps_NV),
-        max(_relative_error(*pair) for pair in pairs), _relative_rms(steps_NV, logits_NV), int(differs.sum()),
-        int(agrees.sum()), len(tokens_N),
+        max(_difference(*pair) / _spread(pair[1]) for pair in pairs), _rms(steps_NV, logits_NV) / _spread(logits_NV),
+        int(differs.sum()), int(agrees.sum()), len(tokens_N),
     )  # fmt: skip
 
 
@@ -299,16 +312,13 @@ def _difference(actual: NDArray[Any], expected: NDArray[Any]) -> float:
     return float(np.nan_to_num(np.abs(actual - expected), nan=np.inf).max())
 
 
-def _relative_error(actual: NDArray[Any], expected: NDArray[Any]) -> float:
-    return _difference(actual, expected) / _spread(expected)
-
-
-def _relative_rms(actual: NDArray[Any], expected: NDArray[Any]) -> float:
+def _rms(actual: NDArray[Any], expected: NDArray[Any]) -> float:
     if not np.isfinite(actual).all():
         return float("inf")
-    return float(np.sqrt(np.mean(np.square(actual - expected))) / _spread(expected))
+    return float(np.sqrt(np.mean(np.square(actual - expected))))
 
 
 def _spread(expected: NDArray[Any]) -> float:
-    """The standard deviation of outputs; their size where they are all the same, as a regression's one; 1 for zeros."""
-    return float(np.std(expected)) or float(np.abs(expected).max()) or 1.0
+    """The standard deviation of outputs; of fewer than `_FEW_OUTPUTS` their root mean square; 1 where all are 0."""
+    around = np.mean(expected) if expected.size >= _FEW_OUTPUTS else 0.0
+    return float(np.sqrt(np.mean(np.square(expected - around)))) or 1.0

@@ -18,7 +18,7 @@ from compress.errors import StageFailed
 from compress.exports.onnx import attention, encoder, parity
 from compress.quant.rounding import quantize
 from compress.quant.schemes import SCHEMES
-from pico import make_hybrid
+from pico import make_hybrid, make_pico
 
 Pico = Callable[[str], Path]
 
@@ -109,6 +109,20 @@ def test_the_padded_batch_has_special_tokens(pico: Pico) -> None:
     assert [row.outputs["last_hidden_state"].shape[1] for row in batch.rows] == [60, 6]
 
 
+@pytest.mark.parametrize("scheme", ["", "w4-block32"])
+def test_two_labels_that_are_almost_the_same_are_no_spread(tmp_path: Path, scheme: str) -> None:
+    source = make_pico("bert", tmp_path / "source", architecture="BertForSequenceClassification", num_labels=2)
+    tensors = load_file(source / "model.safetensors")
+    tensors["classifier.weight"][1] = tensors["classifier.weight"][0] * 1.00001
+    tensors["classifier.bias"][:] = 0.5
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    if scheme:
+        source = quantised(source, tmp_path / "q", SCHEMES[scheme])
+    figures = export(source, tmp_path / "out", "quantized" if scheme else "torch")
+    assert figures["parity_relative_error"] < 1e-4
+
+
 def test_outputs_that_are_all_the_same_have_a_spread() -> None:
     assert parity._spread(np.array([[2.0]])) == 2
     assert parity._spread(np.zeros((1, 3))) == 1
+    assert parity._spread(np.tile([3.0, 5.0], 50)) == 1
