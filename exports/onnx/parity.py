@@ -300,8 +300,9 @@ def _compare_decoder(onnx: OnnxModel, expected: Expected, tolerance: float) -> P
     agrees = steps_NV.argmax(-1) == tokens_N
     differs = ~agrees & (best_N2[:, 1] - best_N2[:, 0] > 2 * tolerance * _spread(logits_NV))
     pairs = (whole, expected.outputs["logits"]), (steps_NV, logits_NV)
+    whole_error, step_error = (_difference(*pair) for pair in pairs)
     return Parity(
-        *(_difference(*pair) for pair in pairs), _difference(own_NV, steps_NV),
+        whole_error, step_error, _difference(own_NV, steps_NV),
         max(_difference(*pair) / _spread(pair[1]) for pair in pairs), _rms(steps_NV, logits_NV) / _spread(logits_NV),
         int(differs.sum()), int(agrees.sum()), len(tokens_N),
     )  # fmt: skip

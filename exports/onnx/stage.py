@@ -236,8 +236,10 @@ class ExportOnnx(Stage):
             what = "prompts: %d projections in int8, the others by the weights that write"
             context.reporter.log.info(what, len(weights))
         pooling = None if described.shape.has_head else read_pooling(context.input.path)
-        options = {"fused": self.fused, "chunk_size": self.chunk_size, "all_logits": self.logits == "all"}
-        task = write_folder(context, model, described, pooling, **options)
+        task = write_folder(
+            context, model, described, pooling, fused=self.fused, chunk_size=self.chunk_size,
+            all_logits=self.logits == "all",
+        )  # fmt: skip
         return expectations(model, tokenizer, task, pooling, described, self.chunk_size), held_out
 
 
