@@ -21,12 +21,11 @@ from torch import Tensor
 
 from compress.benchmarks.environment import environment, pick_cpus
 from compress.benchmarks.timing import ratio, summarise
-from compress.exports.onnx.matrices import ACCURACY_LEVEL
 from compress.models.load import load_model
 from compress.models.parts import Parts
 from compress.quant.modules import weight_of
 from compress.quant.rounding import quantize
-from compress.quant.schemes import SCHEMES
+from compress.quant.schemes import ACCURACY_LEVEL, SCHEMES
 from compress.quant.targets import all_targets
 from compress.quant.trained import FakeQuantisation
 from compress.report.tables import Table, as_markdown

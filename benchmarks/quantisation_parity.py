@@ -32,10 +32,10 @@ from compress.data.config import PYTHON_DOCS
 from compress.exports.onnx.describe import load
 from compress.exports.onnx.exact import EXACT_FILE, write_exact
 from compress.exports.onnx.graph import MODEL_FILE
-from compress.exports.onnx.matrices import ACCURACY_LEVEL
 from compress.mixers.cache_name import CACHE
 from compress.models.load import load_tokenizer
 from compress.quant.qtensor import QTensor
+from compress.quant.schemes import ACCURACY_LEVEL
 from compress.quant.store import load_quantized_model, read_quantized
 from compress.report.tables import Table, as_markdown
 from compress.runtime.session import OnnxModel

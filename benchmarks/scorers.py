@@ -90,8 +90,8 @@ def _forward(model: Any, ids_T: Ints, logits_of_R: Ints | None = None) -> Any:
 
 
 def _load(folder: Path) -> Any:
-    from compress.exports.onnx.matrices import ACCURACY_LEVEL
     from compress.quant.load import load_any
+    from compress.quant.schemes import ACCURACY_LEVEL
 
     return load_any(folder, accuracy_level=ACCURACY_LEVEL)
 

@@ -23,6 +23,8 @@ SchemeName = Literal[
 Role = Literal["projection", "embedding", "head"]
 Activations = Literal["block", "dynamic", "static"]
 BLOCK_SIZES = (16, 32, 64, 128)
+ACCURACY_LEVEL = 4
+"""`MatMulNBits` as it is exported: activations rounded to int8, row by row and block by block."""
 
 
 @dataclass(frozen=True)

@@ -120,9 +120,11 @@ def _energy(weight_NK: Tensor, moment_KK: Tensor | None) -> Tensor:
 
 def _inverse_factor(moment_KK: Tensor, shrinkage: float) -> Tensor:
     """U (upper) with H⁻¹ = Uᵀ U, of the moment with its correlations shrunk and its diagonal damped."""
-    diagonal_K = moment_KK.diagonal().double()
-    damped_K = shrinkage * diagonal_K + DAMPING * diagonal_K.mean().clamp(min=1e-12)
-    shrunk_KK = (1 - shrinkage) * moment_KK.double() + torch.diag(damped_K)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(shrunk_KK))
-    upper: Tensor = torch.linalg.cholesky(inverse, upper=True)
-    return upper.float()
+    shrunk_KK = moment_KK.to(torch.float64, copy=True)
+    diagonal_K = shrunk_KK.diagonal().clone()
+    shrunk_KK *= 1 - shrinkage
+    shrunk_KK.diagonal().add_(shrinkage * diagonal_K + DAMPING * diagonal_K.mean().clamp(min=1e-12))
+    inverse_KK = torch.cholesky_inverse(torch.linalg.cholesky(shrunk_KK))
+    del shrunk_KK  # of double the bytes of the moment
+    upper_KK: Tensor = torch.linalg.cholesky(inverse_KK, upper=True)
+    return upper_KK.float()

@@ -100,11 +100,19 @@ class FakeQuantised(nn.Module):
 
 
 class FakeQuantLinear(FakeQuantised):
-    """What `QuantLinear` computes, x (…, K) → (…, N), differentiable."""
+    """What `QuantLinear` computes, x (…, K) → (…, N), differentiable. accuracy_level: of steps, and of evaluations."""
 
-    def __init__(self, trained: Trained, bias: nn.Parameter | None, accuracy_level: int = 0) -> None:
+    def __init__(
+        self, trained: Trained, bias: nn.Parameter | None, accuracy_level: int = 0, evaluated: int | None = None
+    ) -> None:
         super().__init__(trained)
-        self.bias, self.accuracy_level = bias, accuracy_level
+        self.bias = bias
+        self._levels = {True: accuracy_level, False: accuracy_level if evaluated is None else evaluated}
+
+    @property
+    def accuracy_level(self) -> int:
+        """That of what it computes now."""
+        return self._levels[self.training]
 
     def forward(self, x: Tensor) -> Tensor:
         device = x.device.type
@@ -137,12 +145,13 @@ class FakeQuantisation:
     """Puts fake-quantised modules in place of a model's own, which have no weights meanwhile, until `remove`.
 
     tensors: the codes and scales to start from, by weight name. weights: float weights (N, K) by the same names.
+    accuracy_level: `MatMulNBits`' of training steps; evaluated: and that out of training mode, where it is another.
     A head that is tied to a quantised embedding trains the embedding's weight, scales and zero points.
     """
 
     def __init__(
         self, model: nn.Module, tensors: Mapping[str, QTensor], weights: Mapping[str, Tensor], learn: Learn,
-        accuracy_level: int = 0,
+        accuracy_level: int = 0, evaluated: int | None = None,
     ) -> None:  # fmt: skip
         self._model = model
         self._own: dict[str, nn.Module] = {}
@@ -152,10 +161,11 @@ class FakeQuantisation:
             trained, path = Trained.of(qtensor, weights[name], learn), name.removesuffix(".weight")
             module: Any = model.get_submodule(path)
             if not isinstance(module, nn.Embedding):
-                self._put(path, FakeQuantLinear(trained, module.bias, accuracy_level))
+                self._put(path, FakeQuantLinear(trained, module.bias, accuracy_level, evaluated))
                 continue
             if head and cast(Any, head[1]).weight is module.weight:
-                self._put(head[0], FakeQuantLinear(trained, cast(Any, head[1]).bias, accuracy_level))
+                bias = cast(Any, head[1]).bias
+                self._put(head[0], FakeQuantLinear(trained, bias, accuracy_level, evaluated))
             self._put(path, FakeQuantEmbedding(trained))
         self._names = list(tensors)
         for own in self._own.values():

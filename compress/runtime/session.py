@@ -24,7 +24,8 @@ from compress.runtime.ort import first_line, open_session, ort_errors
 SHARED_CACHE = "compress.past_present_share_buffer"
 """Key of the ONNX model's metadata that says that past and present may be one buffer."""
 LOGITS_TO_KEEP = "logits_to_keep"
-"""Optional input of our fused decoders: the logits of how many last tokens to compute; 0 is all, left out is 1."""
+"""Optional input of our fused decoders: the logits of how many last tokens to compute; 0 is all, left out is 1, or 0
+in a graph that was exported with those of all."""
 TAKES_PADDING = "compress.right_padded_rows"
 """Key of the ONNX model's metadata that says, where it is 0, that every row must be as long as the others."""
 CHUNK_SIZE = "compress.chunk_size"
@@ -198,6 +199,9 @@ class Decoder:
         self._carried: list[Any] = []
         self._mask = np.ones(batch_size * max_length, np.int64)
         self._binding = model.session.io_binding()
+        self._last = np.array(1, np.int64)
+        if model.keeps_last:
+            _bind(self._binding.bind_input, LOGITS_TO_KEEP, self._last)
         if self._buffers:  # bound once: two calls a slot and step would be a tenth of a small model's step
             self._bind_cache()
 

@@ -3,8 +3,8 @@
 Names are optimum's: `input_ids`, `attention_mask`, (`position_ids`,) `past_key_values.N.key|value` → `logits`,
 `present.N.key|value`; those of a linear layer N onnxruntime-genai's: `past.N.recurrent|conv` →
 `present.N.recurrent|conv`, of one size whatever the length. A fused graph computes the logits of the last token of each
-row; feed `logits_to_keep` (Hugging Face's word, left out: 1) with 0 for those of all. Shapes: B rows, T new tokens,
-P past tokens, S = P + T.
+row, or of all; feed `logits_to_keep` (Hugging Face's word, left out: 1, or 0) with 0 for all, else for so many. Shapes:
+B rows, T new tokens, P past tokens, S = P + T.
 """
 
 from __future__ import annotations
@@ -26,11 +26,14 @@ from compress.runtime.session import LOGITS_TO_KEEP
 BATCH, NEW, PAST, TOTAL = "batch_size", "sequence_length", "past_sequence_length", "total_sequence_length"
 
 
-def build_decoder(blocks: Blocks, reading: Blocks | None = None, *, native: bool = True) -> None:
+def build_decoder(
+    blocks: Blocks, reading: Blocks | None = None, *, native: bool = True, all_logits: bool = False
+) -> None:
     """Emit the whole decoder. Its rows may be padded on the left where it is not fused, on the right where it is.
 
     reading: what reads more than `FEW` new tokens, where it is not what reads fewer; both share the embedding and head.
-    native: whether ONNX Runtime has the recurrences of linear layers as operators.
+    native: whether ONNX Runtime has the recurrences of linear layers as operators. all_logits: where nothing is said, a
+    fused graph gives those of every token.
     """
     graph, model = blocks.graph, blocks.model
     shape, family = model.shape, model.shape.family
@@ -59,8 +62,9 @@ def build_decoder(blocks: Blocks, reading: Blocks | None = None, *, native: bool
         dimensions = _cache(blocks, layer, TOTAL)[name]
         graph.output(present, f"present.{layer}.{name}", _cache_dtype(model, layer), dimensions)
     if blocks.fused:
-        hidden = _kept(graph, hidden)
-    num_logits = 1 if blocks.fused else NEW  # onnxruntime-genai reads from the declared shape how many it gets
+        hidden = _kept(graph, hidden, 0 if all_logits else 1)
+    # onnxruntime-genai reads from the declared shape how many it gets
+    num_logits = 1 if blocks.fused and not all_logits else NEW
     graph.output(_head(blocks, hidden), "logits", np.float32, [BATCH, num_logits, shape.vocab_size])
 
 
@@ -129,12 +133,12 @@ def mlp(blocks: Blocks, x: str, layer: int) -> str:
         return blocks.linear(hidden, down)
 
 
-def _kept(graph: Graph, hidden_BTK: str) -> str:
+def _kept(graph: Graph, hidden_BTK: str, left_out: int) -> str:
     """The last `logits_to_keep` tokens of each row, `(B, N, K)`: what is padded on its right does not count; 0: all T.
 
     A row that is shorter than that begins with its first token.
     """
-    keep, zero = graph.default_input(LOGITS_TO_KEEP, np.array(1, np.int64)), graph.scalar(0, np.int64)
+    keep, zero = graph.default_input(LOGITS_TO_KEEP, np.array(left_out, np.int64)), graph.scalar(0, np.int64)
     num_kept = graph.op("Where", graph.op("Equal", keep, zero), size(graph, "input_ids", 1), keep)
     first_B1 = graph.op("Max", graph.op("Sub", num_real(graph), num_kept), zero)
     index_BN = graph.op("Add", first_B1, graph.op("Range", zero, num_kept, graph.scalar(1, np.int64)))

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 def write_folder(
     context: StageContext, model: PreTrainedModel, described: Model, pooling: Pooling | None, *, fused: bool,
-    chunk_size: int | None, max_length: int,
+    chunk_size: int | None, max_length: int, all_logits: bool = False,
 ) -> str:  # fmt: skip
     """Write everything that a deployment needs to `context.out`; optimum's name of the task.
 
@@ -43,7 +43,8 @@ def write_folder(
         metadata = {"task": task, "fused": str(fused), SHARED_CACHE: "0"}
         if family.kind == "decoder":
             reads = replace(blocks, model=described.reading, reads=True) if described.prompt else None
-            build_decoder(blocks, reads, native=_has_native_mixers(context, described) if fused else False)
+            native = _has_native_mixers(context, described) if fused else False
+            build_decoder(blocks, reads, native=native, all_logits=all_logits)
             metadata |= {SHARED_CACHE: str(int(fused)), TAKES_PADDING: str(int(takes_padding(blocks)))}
             metadata |= {CHUNK_SIZE: str(chunk_size)} if fused and chunk_size else {}
         else:

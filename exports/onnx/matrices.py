@@ -12,9 +12,7 @@ from numpy.typing import NDArray
 
 from compress.exports.onnx.graph import Graph
 from compress.quant.qtensor import QTensor
-
-ACCURACY_LEVEL = 4
-"""`MatMulNBits` with activations rounded to int8, row by row and block by block."""
+from compress.quant.schemes import ACCURACY_LEVEL
 
 
 @dataclass(frozen=True)

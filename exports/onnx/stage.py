@@ -81,9 +81,16 @@ class ExportOnnx(Stage):
         description="prompt: int8: projections that read prompts by the weights that write, by the path of the module "
         "or its end; auto: those that rounded activations harm, found on training text; []: none",
     )
-    parity_tolerance: float = Field(
-        1e-3, gt=0, le=1, description="largest difference of a logit from torch's, activations unrounded"
+    logits: Literal["last", "all"] = Field(
+        "last",
+        description="all: those of every token that is read, by which speculation judges drafts; a chunk's take 4 "
+        "bytes for each token and entry of the vocabulary (decoders, fused)",
     )
+    parity_tolerance: float = Field(
+        1e-3, gt=0, le=1,
+        description="largest difference of an output from torch's, as a share of the spread (standard deviation) of "
+        "torch's outputs, activations unrounded",
+    )  # fmt: skip
 
     def before(self, accepted: Format) -> Sequence[tuple[str, Mapping[str, Any]]]:
         """The quantize stage that `format` is short for."""
@@ -101,6 +108,10 @@ class ExportOnnx(Stage):
             yield Problem("max_length", "only onnxruntime-genai reads it, which runs fused decoders", "remove it")
         elif self.max_length is not None and self.max_length > (longest := model.max_position_embeddings):
             yield Problem("max_length", f"{self.max_length} tokens, but the model reads at most {longest}", "lower it")
+        if "logits" in self.model_fields_set and model.family.kind != "decoder":
+            yield Problem("logits", f"{model.model_type} is an encoder, which gives all that it has", "remove it")
+        elif "logits" in self.model_fields_set and not self.fused:
+            yield Problem("logits", "standard operators give those of every token", "remove it, or set fused: true")
         yield from self._prompt_problems(model)
         if self.kv_cache == "float32":
             return
@@ -162,6 +173,7 @@ class ExportOnnx(Stage):
             "format": "fp32" if is_float else None if self.format == "auto" else self.format,
             "chunk_size": self.chunk_size if chunked else None,
             "max_length": self._room(given.shape) if chunked else None,
+            "logits": self.logits if chunked else None,
             "prompt_exceptions": self.prompt_exceptions if self.prompt else None,
         })  # fmt: skip
 
@@ -204,7 +216,13 @@ class ExportOnnx(Stage):
             what = "what is rounded moves logits by %.2g at most, whole against step by step by %.2g"
             context.reporter.log.info(what, shipped.max_error, shipped.own_step_error)
         seconds = time.perf_counter() - start
-        figures = {"parity_max_error": parity.max_error, "greedy_mismatches": float(parity.mismatches), **lost}
+        if self.logits == "all":
+            num_read = self.chunk_size or 1024
+            lost[f"logits_mb@{num_read}"] = 4e-6 * num_read * context.input.config["vocab_size"]
+        figures = {"parity_max_error": parity.max_error, "parity_relative_error": parity.relative_error,
+                   "greedy_mismatches": float(parity.mismatches), **lost}  # fmt: skip
+        if shipped.num_tokens:
+            figures["greedy_agreement"] = shipped.greedy_agreement
         return {"result": {**figures, "export_seconds": seconds}}
 
     def _export(self, context: StageContext) -> tuple[Expectations, dict[str, NDArray[np.int64]]]:
@@ -235,8 +253,8 @@ class ExportOnnx(Stage):
             context.reporter.log.info(what, len(weights))
         pooling = None if described.shape.has_head else read_pooling(context.input.path)
         task = write_folder(
-            context, model, described, pooling,
-            fused=self.fused, chunk_size=self.chunk_size, max_length=self._room(described.shape),
+            context, model, described, pooling, fused=self.fused, chunk_size=self.chunk_size,
+            max_length=self._room(described.shape), all_logits=self.logits == "all",
         )  # fmt: skip
         return expectations(model, tokenizer, task, pooling, described, self.chunk_size), held_out
 

@@ -50,8 +50,10 @@ class Qat(TaughtOptions, QuantizeOptions, Stage):
         (), description="schemes with more levels to train through first, [w8-block32, w4-block32]; tokens are divided"
     )
     accuracy_level: Literal[0, 4] = Field(
-        0, description="4: activations of block-wise projections are rounded as MatMulNBits does at this level, too"
-    )
+        0,
+        description="of training steps; 4: activations of block-wise projections are rounded as MatMulNBits does, too; "
+        "evaluations always round them, as the export does",
+    )  # fmt: skip
     calibration_tokens: int = Field(8192, ge=0, description="training tokens that the start is fitted on")
 
     def inputs(self) -> Mapping[str, Ref | OtherModel]:

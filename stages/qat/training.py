@@ -19,6 +19,7 @@ from compress.models.parts import Parts
 from compress.quant.apply import quantize_model
 from compress.quant.options import QuantizeOptions
 from compress.quant.qtensor import QTensor
+from compress.quant.schemes import ACCURACY_LEVEL
 from compress.quant.store import read_quantized, save_quantized
 from compress.quant.trained import FakeQuantisation
 from compress.stage import Reporter, StageContext
@@ -92,7 +93,7 @@ def train(job: Job, reporter: Reporter) -> Result:
     for index, (scheme, phase) in enumerate(job.options.phases()):
         work = job.work / f"{index}-{scheme}"
         start = _start(model, job, phase.start(scheme), work / _START, reporter)
-        fakes = FakeQuantisation(model, *start, phase.learn, phase.accuracy_level)
+        fakes = FakeQuantisation(model, *start, phase.learn, phase.accuracy_level, ACCURACY_LEVEL)
         del start  # float weights, which the training has a copy of
         rates = fakes.rates(phase.scale_learning_rate)
         options = fitting_loss(phase, has_logits=has_logits)

@@ -215,7 +215,7 @@ FILES: Mapping[str, tuple[str, bytes, str]] = {
     "modules": ("modules.json", b"7", "has a module None (modules.json), which is not supported"),
     "a module": ("modules.json", b'[{"type": "x.Pooling", "path": 5}]', "has a module at 5 (modules.json)"),
     "a module far": ("modules.json", b'[{"type": "x.Pooling", "path": "' + b"x" * 300 + b'"}]', "has no readable x"),
-    "a module of NUL": ("modules.json", rb'[{"type": "x.Pooling", "path": "\u0000"}]', "no readable"),
+    "a module of NUL": ("modules.json", rb'[{"type": "x.Pooling", "path": "\u0000"}]', "has a module at"),
     "an index": ("model.safetensors.index.json", b"[1]", "without a weight_map from tensors to files"),
     "an empty index": ("model.safetensors.index.json", b'{"weight_map": {}}', "without a weight_map"),
     "numbers of files": ("model.safetensors.index.json", b'{"weight_map": {"a": 1}}', "without a weight_map"),
@@ -223,7 +223,7 @@ FILES: Mapping[str, tuple[str, bytes, str]] = {
         "model.safetensors.index.json", b'{"weight_map": {"a": "' + b"x" * 300 + b'"}}', "one of its 1 weight files",
     ),
     "a name of NUL": (
-        "model.safetensors.index.json", rb'{"weight_map": {"a": "\u0000"}}', "one of its 1 weight files",
+        "model.safetensors.index.json", rb'{"weight_map": {"a": "\u0000"}}', "has weights outside of it",
     ),
 }  # fmt: skip
 

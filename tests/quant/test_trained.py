@@ -175,6 +175,16 @@ def test_accuracy_level_4_is_that_of_the_operator(pico: Pico) -> None:
     assert not torch.equal(says(model), says(expected))
 
 
+def test_evaluated_at_another_level_than_it_is_trained_at(pico: Pico) -> None:
+    model = load_model(pico("llama"))
+    found = quantize_model(Parts(model), QuantizeOptions(method="rtn"), keep_latents=True)
+    FakeQuantisation(model, found.tensors, found.latents, "both", 0, 4)
+    for training, level in ((False, 4), (True, 0)):
+        expected = load_model(pico("llama"))
+        replace_modules(expected, found.tensors, level)
+        assert torch.equal(says(model.train(training)), says(expected))
+
+
 def test_under_autocast_it_computes_in_bfloat16_what_plain_modules_do(pico: Pico) -> None:
     model, found, _ = faked(pico("llama"), method="rtn")
     plain = load_model(pico("llama"))

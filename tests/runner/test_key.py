@@ -128,7 +128,7 @@ DIFFERENT: dict[str, dict[str, list[Any]]] = {
     "export-onnx": {
         "format": ["fp32", "int8", "int4"], "fused": [False, True], "kv_cache": ["float32", "int8"],
         "parity_tolerance": [1e-3, 1e-2], "chunk_size": [None, 128, 256], "prompt": [None, "int8"],
-        "prompt_exceptions": ["auto", (), ("down_proj",)], "max_length": [None, 64, 128],
+        "prompt_exceptions": ["auto", (), ("down_proj",)], "max_length": [None, 64, 128], "logits": ["last", "all"],
     },
     "evaluate": {
         "tokens": [4096, 8192], "sequence_length": [128, 256], "against": [SOURCE, "prune-layers"], "recall": [OUT, {}],

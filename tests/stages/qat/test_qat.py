@@ -62,7 +62,7 @@ def test_it_writes_a_model_that_is_nearer_to_its_teacher(models: dict[str, Path]
     with torch.no_grad():
         teacher, student = (
             model(torch.from_numpy(blocks)).logits[:, :-1].flatten(0, 1)
-            for model in (load_model(models["teacher"]), load_quantized_model(folder / "out"))
+            for model in (load_model(models["teacher"]), load_quantized_model(folder / "out", accuracy_level=4))
         )
     assert forward_kl(student, teacher).mean().item() == pytest.approx(metrics["result"]["kl_to_teacher"], rel=1e-4)
     assert {"history.json", "loss.png", "tensorboard", "LICENSE", "tokenizer.json"} <= {
@@ -184,6 +184,28 @@ def test_exported_it_is_the_same_to_the_bit(model_type: str, scheme: str, pico: 
             found = [a for a in arrays if a.size == wanted.size and (np.array_equal(a.reshape(wanted.shape), wanted)
                      or (wanted.ndim == 2 and a.shape == wanted.T.shape and np.array_equal(a, wanted.T)))]  # fmt: skip
             assert found, path
+
+
+@pytest.mark.parametrize("level", [0, 4])
+def test_its_figures_are_those_of_the_exported_graph(models: dict[str, Path], tmp_path: Path, level: int) -> None:
+    """Whatever level it was trained at: what was judged is what runs, to less than its activations' rounding costs."""
+    from exporting import export
+
+    from compress.runtime.session import OnnxModel
+
+    metrics = qat(tmp_path / "q", models, accuracy_level=level)
+    export(tmp_path / "q" / "out", tmp_path / "onnx", "quantized")
+    graph = OnnxModel(tmp_path / "onnx", threads=1)
+    blocks = context(tmp_path, models).data.blocks("eval", load_tokenizer(models["input"]), 16, 96)
+    with torch.no_grad():
+        said, twin, exact = (
+            model(torch.from_numpy(blocks)).logits[:, :-1].flatten(0, 1)
+            for model in (load_model(models["teacher"]), load_quantized_model(tmp_path / "q" / "out", accuracy_level=4),
+                          load_quantized_model(tmp_path / "q" / "out"))
+        )  # fmt: skip
+    run = torch.from_numpy(graph.forward(blocks)[0][:, :-1]).flatten(0, 1)
+    assert (run - twin).square().mean() < 0.1 * (run - exact).square().mean()
+    assert forward_kl(run, said).mean().item() == pytest.approx(metrics["result"]["kl_to_teacher"], rel=1e-2)
 
 
 def test_a_bare_encoder_has_no_logits(pico: Pico, tmp_path: Path) -> None:
