@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compress.errors import StageFailed
+from compress.models.folder import NO_MASK_TOKEN
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -47,9 +48,9 @@ class Masking:
         return blocks_NT[found]
 
     def hide(self, ids_T: Ids, seed: tuple[int, ...]) -> tuple[Ids, NDArray[np.bool_]]:
-        """What of a text is shown, (T,), and where it is asked for what stood there, (T,): at least once, if it may be.
+        """What is shown of a text, (T,), and where it is asked what stood there, (T,).
 
-        The same seed hides the same.
+        At one place or more, where any may be chosen. The same seed hides the same.
         """
         drawn = np.random.default_rng(seed)
         places = np.flatnonzero(np.isin(ids_T, self.plain))
@@ -62,10 +63,3 @@ class Masking:
         shown_T[replaced] = drawn.choice(self.plain, len(replaced))
         asked_T[chosen] = True
         return shown_T, asked_T
-
-
-NO_MASK_TOKEN = (
-    "has no mask token among the model's, and a masked language model learns what stood in its place",
-    "name it as mask_token in tokenizer_config.json",
-)
-"""What is wrong with a tokenizer, and what to do."""

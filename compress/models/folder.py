@@ -34,6 +34,13 @@ COMPANIONS = (
 as does what `modules.json` names."""
 CONTENT = ("*.json", "*.txt", "*.jinja", *COMPANIONS)
 """What is read of a model's folder beside its weights: never a pickle, never code."""
+NO_MASK_TOKEN = (
+    "has no mask token among the model's, and a masked language model learns what stands in its place",
+    "name it as mask_token in tokenizer_config.json",
+)
+"""What is wrong with a tokenizer, and what to do."""
+_GENERIC = ("PreTrainedTokenizerFast", "TokenizersBackend")
+"""transformers' names of the class of tokenizers that has no special tokens but those that its files name."""
 _MODULE_FILES = ("config.json", "*.safetensors")
 
 
@@ -67,6 +74,15 @@ def folder_problem(folder: Path, readable: Collection[str] = ()) -> tuple[str, s
     except CompressError as error:
         return error.problem.what, error.problem.fix
     return misfit(config, kind, tensor_names(folder)) if kind else None
+
+
+def lacks_mask_token(folder: Path) -> bool:
+    """Whether a folder's own files say that its tokenizer has no mask token; classes of one family have it unsaid."""
+    files = [recall(folder / name) for name in ("tokenizer_config.json", "special_tokens_map.json")]
+    said = [file for file in files if isinstance(file, dict)]
+    return any(file.get("tokenizer_class") in _GENERIC for file in said) and not any(
+        file.get("mask_token") for file in said
+    )
 
 
 def weight_names(folder: Path) -> list[str]:

@@ -48,8 +48,9 @@ def align(
     """Train `mixers`, by the index of their layer, in place: ‖mixer(x) − attention(x)‖² / ‖attention(x)‖² of a batch.
 
     x is what the teacher's layer gives its attention; a mixer is called as that attention is. train_NT: sequences of
-    tokens, with some hidden of a masked language model. work: survives kills; an alignment that was killed goes on from there, to the same weights. Raises
-    StageFailed where the loss diverges. RADLADS' step 1, LoLCATs' attention transfer.
+    tokens, with some hidden of a masked language model. work: survives kills; an alignment that was killed goes on from
+    there, to the same weights. Raises StageFailed where the loss diverges. RADLADS' step 1, LoLCATs' attention
+    transfer.
     """
     arguments = TrainingArguments(
         **step_arguments(options, work, seed),

@@ -1,8 +1,8 @@
 """What a training minimises, of what a student and its teacher say of the same batch.
 
 B sequences, T tokens, V vocabulary or classes. A batch has `input_ids` (B, T) and `labels`: of tokens, (B, T), or of
-whole sequences, (B,). What has a label is an item. `attention_mask` (B, T) says which tokens are no padding, where there
-is any or where not every token has a label: layers are compared at all of those.
+whole sequences, (B,). What has a label is an item. `attention_mask` (B, T) says which tokens are no padding, where
+there is any or where not every token has a label: layers are compared at all of those.
 """
 
 from __future__ import annotations

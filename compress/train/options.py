@@ -23,7 +23,7 @@ class LossWeights(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     kl: float = Field(1.0, ge=0, description="forward KL to the teacher, T²·KL(p^{1/T} ‖ q^{1/T})")
-    ce: float = Field(0.0, ge=0, description="cross-entropy with the text itself (decoders, and masked language models of what is hidden)")
+    ce: float = Field(0.0, ge=0, description="cross-entropy with the text itself (decoders, masked LMs)")
     hidden: float = Field(0.0, ge=0, description="distance of each layer's output to the teacher's")
     skew_kl: float = Field(0.0, ge=0, description="DistiLLM's KL(p ‖ 0.1p + 0.9q)")
     attention_map: float = Field(

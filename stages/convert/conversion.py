@@ -46,7 +46,8 @@ class Job:
     """One conversion, as every process of a launch is told of it.
 
     chosen: the layers to convert, None where they are to be measured. align_NT, held_NT: sequences of tokens of the
-    train split to align on, and to judge on, with some hidden of a masked language model. distill_ids: of the train and the eval split, for the whole model.
+    train split to align on, and to judge on, with some hidden of a masked language model. distill_ids: of the train and
+    the eval split, for the whole model.
     """
 
     options: ConvertAttention
