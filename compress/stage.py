@@ -200,6 +200,10 @@ class Stage(BaseModel, ABC):
         """What is wrong with these options for this model; `where` is the option's name alone (`keep`)."""
         yield from ()
 
+    def hides_tokens(self) -> bool:
+        """Whether it has a masked language model read text with hidden tokens, so that there must be a mask token."""
+        return False
+
     def check_input(self, previous: Stage) -> Iterator[Problem]:
         """What is wrong with these options for what `previous` makes: it is this stage's input."""
         yield from ()

@@ -35,7 +35,8 @@ _OWN: dict[str, dict[str, Any]] = {
 
 
 @cache
-def _tokenizer() -> Any:
+def _tokenizer(masks: bool = False) -> Any:
+    """masks: one of its tokens is the mask token."""
     import pydoc_data.topics as topics
 
     from tokenizers import ByteLevelBPETokenizer
@@ -43,9 +44,11 @@ def _tokenizer() -> Any:
 
     bpe = ByteLevelBPETokenizer()
     texts = [text for _, text in sorted(topics.topics.items())][:20]
-    bpe.train_from_iterator(texts, vocab_size=VOCAB_SIZE, special_tokens=["<|end|>"], show_progress=False)
-    end = {"bos_token": "<|end|>", "eos_token": "<|end|>", "pad_token": "<|end|>"}
-    return PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, **end)
+    named = {"mask_token": "[MASK]"} if masks else {}
+    special = ["<|end|>", *named.values()]
+    bpe.train_from_iterator(texts, vocab_size=VOCAB_SIZE, special_tokens=special, show_progress=False)
+    named |= {"bos_token": "<|end|>", "eos_token": "<|end|>", "pad_token": "<|end|>"}
+    return PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, **named)
 
 
 def make_pico(model_type: str, folder: Path, *, num_hidden_layers: int = 4, seed: int = 0, **overrides: Any) -> Path:
@@ -79,7 +82,7 @@ def make_pico(model_type: str, folder: Path, *, num_hidden_layers: int = 4, seed
             else:  # a norm's weight: the default ones would hide a forgotten one
                 parameter.normal_(1.0, 0.1)
     model.save_pretrained(folder)
-    _tokenizer().save_pretrained(folder)
+    _tokenizer(masks=(architecture or "").endswith("ForMaskedLM")).save_pretrained(folder)
     (folder / "LICENSE").write_text("Apache-2.0\n")
     (folder / "README.md").write_text("# a pico model\n")
     return folder

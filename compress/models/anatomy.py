@@ -250,6 +250,11 @@ class ModelShape:
         return self.head is not None and self.head is not BACKBONE
 
     @property
+    def fills_masks(self) -> bool:
+        """Whether it is a masked language model, which says what stood where tokens are hidden."""
+        return self.head is not None and self.head.task == "masked"
+
+    @property
     def unjudged(self) -> str:
         """What a head says that no softmax over classes judges or teaches, in words; `""` where one does."""
         if self.head is None or self.head.task != "classification":

@@ -40,6 +40,13 @@ CONTENT = ("*.json", "*.txt", "*.jinja", *COMPANIONS)
 """What is read of a model's folder beside its weights: never a pickle, never code."""
 _OWN_WEIGHTS = "transformers_weights"
 """A key of config.json by which transformers reads other weights than those that lie where they always do."""
+NO_MASK_TOKEN = (
+    "has no mask token among the model's, and a masked language model learns what stands in its place",
+    "name it as mask_token in tokenizer_config.json",
+)
+"""What is wrong with a tokenizer, and what to do."""
+_GENERIC = ("PreTrainedTokenizerFast", "TokenizersBackend")
+"""transformers' names of the class of tokenizers that has no special tokens but those that its files name."""
 _MODULE_FILES = ("config.json", "*.safetensors")
 
 
@@ -95,6 +102,15 @@ def files_problem(folder: Path) -> tuple[str, str] | None:
     if missing:
         return f"lacks {missing[0]}, one of its {len(shards)} weight files", "copy or fetch it again"
     return None
+
+
+def lacks_mask_token(folder: Path) -> bool:
+    """Whether a folder's own files say that its tokenizer has no mask token; classes of one family have it unsaid."""
+    files = [recall(folder / name) for name in ("tokenizer_config.json", "special_tokens_map.json")]
+    said = [file for file in files if isinstance(file, dict)]
+    return any(file.get("tokenizer_class") in _GENERIC for file in said) and not any(
+        file.get("mask_token") for file in said
+    )
 
 
 def weight_names(folder: Path) -> list[str]:

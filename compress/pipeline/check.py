@@ -10,6 +10,7 @@ from typing import Any
 from compress.data.text import check_special_ids
 from compress.errors import CompressError, InvalidInput, Problem
 from compress.models.anatomy import ModelShape, shape_of
+from compress.models.folder import NO_MASK_TOKEN, lacks_mask_token
 from compress.models.sources import parse_source
 from compress.pipeline.file import Draft, Pipeline, in_order, read_draft
 from compress.pipeline.graph import Graph, build_graph
@@ -51,6 +52,7 @@ def check_file(path: Path) -> Checked:
         return Checked(path, error.problems)
     problems, notes = [*draft.problems, *_data_problems(draft)], []
     shape: ModelShape | None = None
+    folder: Path | None = None
     if draft.model is not None:
         place = draft.document.place("model")
         try:
@@ -58,7 +60,8 @@ def check_file(path: Path) -> Checked:
             config = source.config()
             shape = None if config is None else shape_of(config, place)
             if shape is not None:
-                _check_ids(source.fetch(), shape.vocab_size)  # at hand already: what its folder lacks is told now
+                folder = source.fetch()  # at hand already: what its folder lacks is told now
+                _check_ids(folder, shape.vocab_size)
         except InvalidInput as error:
             problems += error.problems
         except CompressError as error:
@@ -68,6 +71,8 @@ def check_file(path: Path) -> Checked:
                 notes.append(Problem(place, "unchecked until fetched: whether the options fit the model"))
     graph, unfit = build_graph(draft.entries, shape)
     problems += unfit
+    if folder is not None and lacks_mask_token(folder):
+        problems += _untaught(graph)
     if not draft.problems:  # of a broken file, only what lies before the first fault can be judged
         problems += unproven(graph, draft.require)
         notes += measured_early(graph, draft.require)
@@ -91,6 +96,14 @@ def _check_ids(folder: Path, vocab_size: int) -> None:
     except CompressError as error:
         named = error.problem
         raise CompressError(str(folder), f"its {named.where} {named.what}", named.fix) from error
+
+
+def _untaught(graph: Graph) -> Iterator[Problem]:
+    """What is wrong with the stages that have a masked language model read hidden tokens: there is no mask token."""
+    what, fix = NO_MASK_TOKEN
+    for node in graph.nodes:
+        if node.shape and node.shape.fills_masks and node.stage.hides_tokens():
+            yield Problem(node.place, f"the model's tokenizer {what}", fix)
 
 
 def _data_problems(draft: Draft) -> Iterator[Problem]:

@@ -24,7 +24,7 @@ from compress.train.checkpoints import WEIGHTS, checkpoint_folder
 from compress.train.engine import Ids, place, training_order
 from compress.train.options import AlignOptions
 from compress.train.resumable import ResumableTrainer, optimizer_with_rates, step_arguments, train
-from compress.train.trainer import Blocks
+from compress.train.trainer import Blocks, Masked
 
 COPIED_RATE = 0.1
 """The learning rate of the projections, which are the attention's own, beside that of what is new."""
@@ -42,14 +42,15 @@ class Aligned:
 
 
 def align(
-    mixers: Mapping[int, nn.Module], teacher: PreTrainedModel, train_NT: Ids, options: AlignOptions,
+    mixers: Mapping[int, nn.Module], teacher: PreTrainedModel, train_NT: Ids | Masked, options: AlignOptions,
     work: Path, seed: int, reporter: Reporter,
 ) -> Aligned:  # fmt: skip
     """Train `mixers`, by the index of their layer, in place: ‖mixer(x) − attention(x)‖² / ‖attention(x)‖² of a batch.
 
     x is what the teacher's layer gives its attention; a mixer is called as that attention is. train_NT: sequences of
-    tokens. work: survives kills; an alignment that was killed goes on from there, to the same weights. Raises
-    StageFailed where the loss diverges. RADLADS' step 1, LoLCATs' attention transfer.
+    tokens, with some hidden of a masked language model. work: survives kills; an alignment that was killed goes on from
+    there, to the same weights. Raises StageFailed where the loss diverges. RADLADS' step 1, LoLCATs' attention
+    transfer.
     """
     arguments = TrainingArguments(
         **step_arguments(options, work, seed),
@@ -59,7 +60,7 @@ def align(
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)
     order = training_order(len(train_NT), options.num_steps * options.batch_size, seed)
-    trainer = AlignTrainer(mixers, teacher, options, arguments, Blocks(train_NT, order))
+    trainer = AlignTrainer(mixers, teacher, options, arguments, Blocks(train_NT, order, seed))
     place(teacher, trainer.args.device)
     parts = Parts(teacher)
     hooks = [

@@ -19,6 +19,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from compress.data.masking import Masking
 from compress.errors import StageFailed
 from compress.models.anatomy import shape_of
 from compress.models.load import load_tokenizer
@@ -31,7 +32,7 @@ from compress.train.objective import Objective
 from compress.train.options import TrainingOptions
 from compress.train.resumable import step_arguments, train
 from compress.train.teacher import check_same_vocabulary, origins_of
-from compress.train.trainer import Blocks, RecoveryTrainer, Sequences
+from compress.train.trainer import Blocks, Masked, RecoveryTrainer, Sequences
 from compress.train.trainer import Ids as Ids
 from compress.train.vocabularies import check_objective, is_part_of, two_ways
 
@@ -69,10 +70,11 @@ def recover(
     """Train `student` in place and leave it with the weights of the evaluation with the lowest loss.
 
     The evaluation before the first step counts: where none is better, the student is what it was.
-    train_NT, eval_NT: sequences of tokens, in two vocabularies, or padded ones with a label each. work: survives kills;
-    a training that was killed goes on from the newest complete checkpoint there, to the same weights (on the CPU, bit
-    for bit). layer_map: see Objective. rates: learning rates of parameters that have one of their own, by name.
-    Raises StageFailed where the loss diverges or the steps can't be divided among the processes.
+    train_NT, eval_NT: sequences of tokens, in two vocabularies, with some hidden, or padded ones with a label each.
+    Every evaluation hides the same tokens, whatever the seed. work: survives kills; a training that was killed goes on
+    from the newest complete checkpoint there, to the same weights (on the CPU, bit for bit). layer_map: see Objective.
+    rates: learning rates of parameters that have one of their own, by name. Raises StageFailed where the loss diverges
+    or the steps can't be divided among the processes.
     """
     if not is_follower():
         work.mkdir(parents=True, exist_ok=True)
@@ -86,7 +88,7 @@ def recover(
     objective = Objective(options.loss, options.temperature, options.hidden_distance, layer_map, channels)
     arguments = training_arguments(options, work, seed, bool(student.config.use_cache))
     trainer = RecoveryTrainer(
-        student, teacher, objective, arguments, Blocks(train_NT, order), Blocks(eval_NT, range(len(eval_NT))),
+        student, teacher, objective, arguments, Blocks(train_NT, order, seed), Blocks(eval_NT, range(len(eval_NT))),
         rates or {},
     )  # fmt: skip
     place(teacher, trainer.args.device)
@@ -108,8 +110,9 @@ def training_ids(
 ) -> tuple[Sequences, Sequences]:  # fmt: skip
     """What to train on, of a pipeline's text or written by the model in `teacher`, and what to judge on, of the text.
 
-    In both vocabularies where the teacher has more tokens. Raises StageFailed where there is too little text, where the
-    teacher can't write any, or where its tokenizer is another one.
+    In both vocabularies where the teacher has more tokens; with hidden ones where the model says what they are. Raises
+    StageFailed where there is too little text, where the teacher can't write any, or where its tokenizer is another
+    one, or the model's has no mask token.
     """
     length, max_eval = options.sequence_length, max(options.eval_tokens, 2 * options.sequence_length)
     train_NT: Sequences
@@ -128,10 +131,26 @@ def training_ids(
             check_same_vocabulary(tokenizer, theirs)
         train_NT = train_blocks(options, options.num_tokens, tokenizer, context, teacher, teacher_bits)
         eval_NT = context.data.blocks("eval", tokenizer, length, max_eval)
+        masking = masking_of(tokenizer, context)
+        train_NT, eval_NT = hidden_in(train_NT, masking), hidden_in(eval_NT, masking)
     if len(eval_NT) < 2:
         what = f"has fewer than two blocks of {length} tokens"
         raise StageFailed("data.eval", what, "add text, or shorten sequence_length")
     return train_NT, eval_NT
+
+
+def masking_of(tokenizer: PreTrainedTokenizerBase, context: StageContext) -> Masking | None:
+    """How the model that a stage works on has tokens hidden; None where it is no masked language model.
+
+    Raises StageFailed where it is one, and its tokenizer has no mask token.
+    """
+    shape = shape_of(context.input.config)
+    return Masking.of(tokenizer, shape.vocab_size) if shape.fills_masks else None
+
+
+def hidden_in(blocks_NT: Ids, masking: Masking | None) -> Ids | Masked:
+    """Blocks of text as the model reads them. Raises StageFailed where nothing can be hidden in any of them."""
+    return blocks_NT if masking is None or not len(blocks_NT) else Masked(masking.maskable(blocks_NT), masking)
 
 
 def training_order(num_blocks: int, num_needed: int, seed: int) -> list[int]:

@@ -1,7 +1,8 @@
 """What a training minimises, of what a student and its teacher say of the same batch.
 
 B sequences, T tokens, V vocabulary or classes. A batch has `input_ids` (B, T) and `labels`: of tokens, (B, T), or of
-whole sequences, (B,), and then, where there is padding, `attention_mask` (B, T). What has a label is an item.
+whole sequences, (B,). What has a label is an item. `attention_mask` (B, T) says which tokens are no padding, where
+there is any or where not every token has a label: layers are compared at all of those.
 """
 
 from __future__ import annotations
@@ -125,12 +126,17 @@ def taught(batch: Batch) -> Tensor:
 
 
 def token_weights(batch: Batch) -> Tensor:
-    """(B, T): how much a loss on each token counts. A sequence's tokens share the weight 1 where it has one label."""
-    labels = batch["labels"]
-    if labels.dim() == 2:
-        return (labels != IGNORED).float()
+    """(B, T): how much a loss on each token counts.
+
+    As an item where each token is one. Otherwise a sequence's tokens share the weight of its items: 1 of a sequence
+    with a class, their number of one with hidden tokens.
+    """
+    is_item = batch["labels"] != IGNORED
+    if is_item.dim() == 2 and "attention_mask" not in batch:
+        return is_item.float()
     mask_BT = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).float()
-    return mask_BT / mask_BT.sum(1, keepdim=True) * (labels != IGNORED)[:, None]
+    num_items_B = is_item.view(len(is_item), -1).sum(1)
+    return mask_BT / mask_BT.sum(1, keepdim=True) * num_items_B[:, None]
 
 
 def item_logits(said: Said, labels: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ class LossWeights(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     kl: float = Field(1.0, ge=0, description="forward KL to the teacher, T²·KL(p^{1/T} ‖ q^{1/T})")
-    ce: float = Field(0.0, ge=0, description="cross-entropy with the text itself (decoders)")
+    ce: float = Field(0.0, ge=0, description="cross-entropy with the text itself (decoders, masked LMs)")
     hidden: float = Field(0.0, ge=0, description="distance of each layer's output to the teacher's")
     skew_kl: float = Field(0.0, ge=0, description="DistiLLM's KL(p ‖ 0.1p + 0.9q)")
     attention_map: float = Field(
@@ -192,7 +192,7 @@ class TrainingOptions(StepOptions):
         """What does not fit together, or does not fit `model`; `where` is the option's name."""
         if not any(self.loss.model_dump().values()):
             yield Problem("loss", "every weight is 0, so there is nothing to learn", "set kl: 1.0")
-        if self.loss.ce and model.family.kind == "encoder":
+        if self.loss.ce and model.family.kind == "encoder" and not model.fills_masks:
             what = f"{model.model_type} is an encoder, which predicts no next token"
             yield Problem("loss.ce", what, "use kl or hidden")
         if self.loss.kl or self.loss.skew_kl:

@@ -52,6 +52,10 @@ class TaughtOptions(TrainingOptions):
         in_bits = self.teacher_bits or (self.teacher_model and _is_in_bits(self.teacher_model))
         return self.trained_by | ({"bitsandbytes"} if in_bits and self.needs_teacher else set())
 
+    def hides_tokens(self) -> bool:
+        """Of a masked language model."""
+        return True
+
     def reads(self) -> frozenset[Literal["train", "eval"]]:
         """The splits of the text that are read: none to train on where the teacher writes it."""
         return frozenset({"eval"}) if self.data == "generated" else frozenset({"train", "eval"})

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import EvalPrediction, PreTrainedModel, TrainingArguments
 
+from compress.data.masking import Masking
 from compress.train.attention import Watch, watches
 from compress.train.distributed import agreed
 from compress.train.losses import IGNORED, common, cross_entropy, forward_kl
@@ -45,25 +46,59 @@ class Labelled:
         return Labelled(self.ids_NT[rows], self.mask_NT[rows], self.labels_N[rows])
 
 
-Sequences = Ids | Labelled | TwoWays
+@dataclass(frozen=True)
+class Masked:
+    """Sequences of text (num, T) that a masked language model reads with some of their tokens hidden.
+
+    Which ones is drawn when they are read, each time anew.
+    """
+
+    ids_NT: Ids
+    masking: Masking
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(num, T)."""
+        return tuple(self.ids_NT.shape)
+
+    def __len__(self) -> int:
+        return len(self.ids_NT)
+
+    def __getitem__(self, rows: slice) -> Masked:
+        return Masked(self.ids_NT[rows], self.masking)
+
+    def read(self, row: int, seed: tuple[int, ...]) -> dict[str, Tensor]:
+        """The columns of one sequence; `labels` are the tokens that it is asked for, and IGNORED elsewhere."""
+        ids_T = self.ids_NT[row]
+        shown_T, asked_T = self.masking.hide(ids_T, seed)
+        labels_T = np.where(asked_T, ids_T, IGNORED)
+        columns = {"input_ids": shown_T, "attention_mask": np.ones_like(ids_T), "labels": labels_T}
+        return {name: torch.from_numpy(column) for name, column in columns.items()}
+
+
+Sequences = Ids | Labelled | TwoWays | Masked
 
 
 class Blocks(Dataset[dict[str, Tensor]]):
     """Sequences in the order of `rows`: of text (num, T), whose `labels` are the token after each one, or Labelled.
 
-    pieces_W: of text in two vocabularies, see TwoWays.
+    pieces_W: of text in two vocabularies, see TwoWays. seed: of what is hidden of Masked ones: by it and the place in
+    the order, so that a training that goes on hides what it would have hidden, and another pass hides other tokens.
     """
 
-    def __init__(self, sequences: Sequences, rows: Sequence[int]) -> None:
+    def __init__(self, sequences: Sequences, rows: Sequence[int], seed: int = 0) -> None:
         self._sequences = sequences
         self.pieces_W = torch.from_numpy(sequences.pieces_W) if isinstance(sequences, TwoWays) else None
         self._rows = rows
+        self._seed = seed
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         row, sequences = self._rows[index], self._sequences
+        if isinstance(sequences, Masked):
+            return sequences.read(row, (self._seed, index))
         if isinstance(sequences, Labelled):
             columns = {"input_ids": sequences.ids_NT, "attention_mask": sequences.mask_NT, "labels": sequences.labels_N}
             return {name: torch.as_tensor(column[row]) for name, column in columns.items()}

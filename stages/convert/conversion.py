@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -27,12 +28,12 @@ from compress.stages.convert.layers import candidates, kinds, to_convert
 from compress.stages.convert.stage import TEACHER, ConvertAttention, HybridTraining
 from compress.train.align import Aligned, align
 from compress.train.distributed import agreed
-from compress.train.engine import Ids, Outcome, place, recover, training_ids
+from compress.train.engine import Ids, Outcome, hidden_in, masking_of, place, recover, training_ids
 from compress.train.generated import train_blocks
 from compress.train.options import AlignOptions
 from compress.train.precision import uses_bf16
 from compress.train.teacher import answering_layers, check_same_vocabulary, fitting_loss, load_teacher
-from compress.train.trainer import Sequences
+from compress.train.trainer import Blocks, Masked, Sequences
 from compress.units import Unit, Units
 
 _NUM_BATCH_TOKENS = 1024
@@ -45,15 +46,16 @@ class Job:
     """One conversion, as every process of a launch is told of it.
 
     chosen: the layers to convert, None where they are to be measured. align_NT, held_NT: sequences of tokens of the
-    train split to align on, and to judge on. distill_ids: of the train and the eval split, for the whole model.
+    train split to align on, and to judge on, with some hidden of a masked language model. distill_ids: of the train and
+    the eval split, for the whole model.
     """
 
     options: ConvertAttention
     chosen: list[int] | None
     input: Path
     teacher: Path
-    align_NT: Ids
-    held_NT: Ids
+    align_NT: Ids | Masked
+    held_NT: Ids | Masked
     distill_ids: tuple[Sequences, Sequences] | None
     work: Path
     seed: int
@@ -93,7 +95,7 @@ def prepare(options: ConvertAttention, context: StageContext) -> Job:
 
 def _held_out(
     options: AlignOptions, num_tokens: int, held_tokens: int, tokenizer: PreTrainedTokenizerBase, context: StageContext
-) -> tuple[Ids, Ids]:
+) -> tuple[Ids | Masked, Ids | Masked]:
     """Blocks to train on, and others, evenly spaced between them, to judge on."""
     length = options.sequence_length
     if not num_tokens + held_tokens:
@@ -104,7 +106,8 @@ def _held_out(
         what = f"has one block of {length} tokens, and another is needed to judge on"
         raise StageFailed("data.train", what, "add text, or shorten align.sequence_length")
     held = [row * len(blocks_NT) // num_held for row in range(num_held)]
-    return np.delete(blocks_NT, held, axis=0), blocks_NT[held]
+    masking = masking_of(tokenizer, context)
+    return hidden_in(np.delete(blocks_NT, held, axis=0), masking), hidden_in(blocks_NT[held], masking)
 
 
 def convert(job: Job, reporter: Reporter) -> Conversion:
@@ -162,9 +165,9 @@ def _choose(
         for index in mixers:
             work = job.work / f"restore-{index}"
             losses[index] = _measured(units, f"layer {index}", partial(loss_with, index, work), work)
-        return best_restored(losses, number, job.held_NT.size)
+        return best_restored(losses, number, math.prod(job.held_NT.shape))
     scores = agreed(partial(_moved, job, shown, mixers, units, reporter))
-    return least_moved(scores, number, job.held_NT.size, has_logits=bool(Parts(shown).prefix))
+    return least_moved(scores, number, math.prod(job.held_NT.shape), has_logits=bool(Parts(shown).prefix))
 
 
 def _measured(units: Units, name: str, measure: Callable[[], float], work: Path) -> float:
@@ -184,7 +187,8 @@ def _moved(
     """`proxy_scores` of all mixers on what was held out for it."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     place(shown, device)
-    held_NT = torch.from_numpy(job.held_NT).to(device)
+    held = Blocks(job.held_NT, range(len(job.held_NT)))
+    held_NT = torch.stack([held[row]["input_ids"] for row in range(len(held))]).to(device)
     batches = torch.split(held_NT, max(1, _NUM_BATCH_TOKENS // held_NT.shape[1]))
     bf16 = uses_bf16(next((each.precision for each in job.options.trainings.values()), "auto"))
     there = {index: mixer.to(device) for index, mixer in mixers.items()}

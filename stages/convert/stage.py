@@ -127,6 +127,10 @@ class ConvertAttention(Stage):
         written = all(each.data == "generated" for each in sources)
         return self.splits - ({"train"} if written else set()) - (set() if self.distill else {"eval"})
 
+    def hides_tokens(self) -> bool:
+        """Where anything is trained or judged on."""
+        return bool(self.trainings) or self._may_measure
+
     def uses_seed(self) -> bool:
         """Where anything is trained or drawn."""
         drawn = self.init == "random" or (self.select == "random" and not self._every and not self._listed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -81,3 +82,20 @@ def test_figures_of_encoders_are_shown(pico: Callable[[str], Path]) -> None:
     assert _label("latency_ms@64") == "whole forward pass, of 64 (ms)"
     assert None not in (_order("cosine"), _order("latency_ms@64,batch=4"))
     assert sample_shape("bert").unjudged == ""
+
+
+def test_a_masked_language_model_without_a_mask_token_is_not_trained(tmp_path: Path) -> None:
+    model = make_pico("bert", tmp_path / "model", architecture="BertForMaskedLM")
+    trainings = (
+        "distill: {loss: {ce: 1}, sequence_length: 64}", "qat: {sequence_length: 64}",
+        "convert-attention: {to: linear, align: {sequence_length: 64}, distill: {sequence_length: 64}}",
+    )  # fmt: skip
+    for stage in trainings:
+        assert problems(model, f"[{stage}]") == "", stage
+    file = model / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "mask_token": None}))
+    for stage in trainings:
+        found = problems(model, f"[{stage}]")
+        assert "the model's tokenizer has no mask token" in found, stage
+        assert "name it as mask_token in tokenizer_config.json" in found
+    assert problems(model, "[quantize, export-onnx]") == ""
