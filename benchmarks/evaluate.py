@@ -27,7 +27,7 @@ class Evaluate(Stage):
     """
 
     name: ClassVar[str] = "evaluate"
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
     summary: ClassVar[str] = "perplexity, bits per byte, KL and top-1 agreement against the source, with their errors"
     accepts: ClassVar[frozenset[Format]] = frozenset({"torch", "quantized", "onnx"})
     returns: ClassVar[Format] = "measurement"

@@ -40,7 +40,7 @@ class ExportOnnx(Stage):
     """
 
     name: ClassVar[str] = "export-onnx"
-    version: ClassVar[int] = 6
+    version: ClassVar[int] = 7
     summary: ClassVar[str] = "Write a folder that ONNX Runtime and onnxruntime-genai run, checked against torch"
     accepts: ClassVar[frozenset[Format]] = frozenset({"torch", "quantized"})
     returns: ClassVar[Format] = "onnx"

@@ -55,7 +55,7 @@ class ConvertAttention(Stage):
     """
 
     name: ClassVar[str] = "convert-attention"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     summary: ClassVar[str] = "give layers linear attention, Mamba-2 or a sliding window in place of softmax attention"
     accepts: ClassVar[frozenset[Format]] = frozenset({"torch"})
     returns: ClassVar[Format] = "torch"

@@ -30,7 +30,7 @@ class Distill(TaughtOptions, Stage):
     """
 
     name: ClassVar[str] = "distill"
-    version: ClassVar[int] = 6
+    version: ClassVar[int] = 7
     summary: ClassVar[str] = "train the model towards a teacher, by default the source"
     accepts: ClassVar[frozenset[Format]] = frozenset({"torch"})
     returns: ClassVar[Format] = "torch"

@@ -32,7 +32,7 @@ class PruneLayers(Stage):
     """Drops whole layers. The result is an ordinary, smaller model of the same class."""
 
     name: ClassVar[str] = "prune-layers"
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
     summary: ClassVar[str] = "leave out the layers that the model misses least"
     accepts: ClassVar[frozenset[Format]] = frozenset({"torch"})
     returns: ClassVar[Format] = "torch"

@@ -29,7 +29,7 @@ class Qat(TaughtOptions, QuantizeOptions, Stage):
     """
 
     name: ClassVar[str] = "qat"
-    version: ClassVar[int] = 4
+    version: ClassVar[int] = 5
     summary: ClassVar[str] = "train through the quantisation (straight-through, LSQ), towards a teacher"
     accepts: ClassVar[frozenset[Format]] = frozenset({"torch"})
     returns: ClassVar[Format] = "quantized"

@@ -25,7 +25,7 @@ class Quantize(QuantizeOptions, Stage):
     """Replaces weights by codes and scales. What computes with them is chosen by the scheme, when it is exported."""
 
     name: ClassVar[str] = "quantize"
-    version: ClassVar[int] = 4
+    version: ClassVar[int] = 5
     summary: ClassVar[str] = "store weights as 2-, 4- or 8-bit codes, fitted to least output error"
     accepts: ClassVar[frozenset[Format]] = frozenset({"torch"})
     returns: ClassVar[Format] = "quantized"

@@ -40,7 +40,7 @@ class ReduceVocab(Stage):
     """
 
     name: ClassVar[str] = "reduce-vocab"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     summary: ClassVar[str] = "keep the tokens that the text needs, in the tokenizer, the embeddings and the head"
     accepts: ClassVar[frozenset[Format]] = frozenset({"torch"})
     returns: ClassVar[Format] = "torch"
