@@ -222,6 +222,10 @@ class Stage(BaseModel, ABC):
         """Estimated bytes of the weights of what comes out, given its shape and the bytes of what came in."""
         return before
 
+    def held_bytes(self, model: ModelShape) -> float | None:
+        """Estimated bytes that it holds at once; None where that is each model that it reads, in float32."""
+        return None
+
     def forward_tokens(self, model: ModelShape) -> float:
         """Tokens that it runs forward through each model that it reads, roughly: for the estimate of its time."""
         if not self.reads() and not self.measures_hardware:

@@ -169,7 +169,7 @@ class _Work:
         """Targets that share an input and a scheme, fitted as one matrix: rows do not touch each other."""
         weights, scheme = [weight_of(target.module) for target in targets], targets[0].scheme
         for target, weight_NK in zip(targets, weights, strict=True):
-            if not weight_NK.isfinite().all():
+            if not torch.stack(weight_NK.aminmax()).isfinite().all():
                 raise CompressError(target.name, "has values that are NaN or infinite", "fetch or train it again")
         whole = self._codes(torch.cat(weights) if len(weights) > 1 else weights[0], scheme, moment_KK)
         parts = whole.split([len(weight_NK) for weight_NK in weights])

@@ -98,7 +98,9 @@ def cost(node: GraphNode, shape: ModelShape, weight_bytes: float, read: Sequence
     written = max((group["tokens"] for group in groups if group.get("data") == "generated"), default=0)
     fits = node.stage.returns == "quantized"
     parameters, num_models = shape.num_parameters, len(read)
-    held = sum(read) if node.stage.measures_hardware else float(FP32_BYTES * num_models * parameters)
+    held = node.stage.held_bytes(shape) or float(FP32_BYTES * num_models * parameters)
+    if node.stage.measures_hardware:
+        held = sum(read)
     checkpoints = 0.0
     if trains:
         held += (ADAM_BYTES + GRADIENT_BYTES) * parameters

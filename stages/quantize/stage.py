@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from compress.quant.quantized import Quantized
 
 
+_BYTES_OF_A_FIT = 4 + 3 * 8
+
+
 class Quantize(QuantizeOptions, Stage):
     """Replaces weights by codes and scales. What computes with them is chosen by the scheme, when it is exported."""
 
@@ -71,6 +74,20 @@ class Quantize(QuantizeOptions, Stage):
         """What is written with these options."""
         bits = bnb.BITS.get(self.scheme)
         return self.stored_bytes(model) if bits is None else bnb.stored_bytes(bits, model)
+
+    def held_bytes(self, model: ModelShape) -> float | None:
+        """All codes, a byte each, scales, and token tables in float32; beside them a rounded one, or a layer's fit.
+
+        A fit holds the inputs' second moments (K, K), and them and two factors of theirs in float64.
+        """
+        if self.scheme in bnb.BITS:
+            return None
+        table = 4.0 * model.vocab_size * model.hidden_size
+        tables = table if model.tie_word_embeddings or not model.has_head else 2 * table
+        widest = max(model.hidden_size, model.intermediate_size)
+        text = 4.0 * self.tokens * model.hidden_size if self.needs_text else 0.0
+        fit = text + _BYTES_OF_A_FIT * widest**2 if self.needs_text else 0.0
+        return 1.125 * model.num_parameters + tables + max(table, fit)
 
     def twin(self) -> Self:
         """The same, on four short blocks where it reads any."""
