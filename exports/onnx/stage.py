@@ -13,7 +13,7 @@ from compress.artifact import Format, Metrics
 from compress.errors import Problem, StageFailed
 from compress.exports.onnx import ACTIVATIONS, FEW, ROPE_TYPES, padded_width
 from compress.exports.onnx.genai import room
-from compress.models.anatomy import ModelShape
+from compress.models.anatomy import ModelShape, shape_of
 from compress.options import counted
 from compress.quant import bnb
 from compress.quant.choice import matches, projections
@@ -203,6 +203,8 @@ class ExportOnnx(Stage):
 
         start = time.perf_counter()
         _refuse_other_format(context.input, self.format)
+        for problem in no_operators(shape_of(context.input.config), fused=self.fused):
+            raise StageFailed(self.name, problem.what, problem.fix)
         with context.reporter.progress("export", 3) as advance:
             expected, held_out = self._export(context)
             advance(1, "written")

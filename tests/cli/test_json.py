@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from compress.cli.main import app
+from compress.pipeline.matrix import cells
 
 Call = Callable[..., tuple[int, str]]
 RESULTS: dict[str, tuple[tuple[str, ...], set[str]]] = {
@@ -44,7 +45,7 @@ def strict(text: str) -> Any:
 
 
 @pytest.fixture
-def said(call: Call, here: Path) -> Callable[..., tuple[int, str, str]]:
+def said(call: Call, here: Path) -> Iterator[Callable[..., tuple[int, str, str]]]:
     """The exit status, stdout and stderr of a verb."""
 
     def run(*arguments: str) -> tuple[int, str, str]:
@@ -53,7 +54,8 @@ def said(call: Call, here: Path) -> Callable[..., tuple[int, str, str]]:
         stdout.flush()
         return status, stdout.buffer.getvalue().decode(), stderr  # type: ignore[attr-defined]
 
-    return run
+    yield run
+    cells.cache_clear()  # of stages that are no longer there
 
 
 def test_every_verb_is_here() -> None:

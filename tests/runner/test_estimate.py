@@ -46,3 +46,16 @@ def test_text_that_the_teacher_writes_takes_its_time(stage: str, tmp_path: Path)
         *_, node = resolve(load_pipeline(tmp_path / "p.yaml"), shape).nodes
         seconds.append(cost(node, shape, 0.0, [4.0 * shape.num_parameters] * 2).seconds)
     assert 1.2 * seconds[0] < seconds[1] < 2 * seconds[0]
+
+
+def test_quantising_holds_no_whole_model(tmp_path: Path) -> None:
+    """Of Llama 3.2's shape with 1.2B parameters, 4.9 GB in float32: 4.9 GB, half of which is for the token table."""
+    llama = {
+        **SMOLLM2, "num_hidden_layers": 16, "hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "vocab_size": 128256,
+    }  # fmt: skip
+    (tmp_path / "p.yaml").write_text("name: p\nmodel: org/name\nstages: [quantize: {method: rtn}]\n")
+    shape = shape_of(llama)
+    *_, node = resolve(load_pipeline(tmp_path / "p.yaml"), shape).nodes
+    estimated_gb = cost(node, shape, 0.0, [4.0 * shape.num_parameters]).ram_mb / 1e3
+    assert 0.8 < estimated_gb / 4.88 < 1.25
