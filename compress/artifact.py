@@ -65,9 +65,10 @@ class Artifact:
 
     @property
     def config(self) -> dict[str, Any]:
-        """The model's `config.json`."""
-        loaded: dict[str, Any] = json.loads((self.path / "config.json").read_text("utf-8"))
-        return loaded
+        """The model's `config.json`, as `config_of` reads it."""
+        from compress.models.folder import config_of
+
+        return config_of(self.path) or {}
 
 
 def is_finished(path: Path) -> bool:

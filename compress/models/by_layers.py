@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from compress.models.anatomy import is_buffer
 from compress.models.folder import config_of, weight_names
 from compress.models.heads import architecture_of, named_head
-from compress.models.load import auto_class, check_finite, load_model
+from compress.models.load import auto_class, check_finite, load_model, untied
 from compress.models.parts import Parts
 from compress.models.pretrained import new_model, read_folder
 from compress.models.stored import StoredTensor, stored_tensors
@@ -93,7 +93,7 @@ def _by_layers(folder: Path, config: Mapping[str, Any]) -> tuple[PreTrainedModel
     from transformers import AutoConfig
 
     reader = auto_class(config)
-    own_config = read_folder(AutoConfig, folder, "is config.json complete?")
+    own_config = read_folder(AutoConfig, folder, "is config.json complete?", **untied(config))
     with init_empty_weights(include_buffers=False):
         model: PreTrainedModel = new_model(reader, own_config, dtype=torch.float32)
     model.tie_weights()
@@ -110,7 +110,7 @@ def _by_layers(folder: Path, config: Mapping[str, Any]) -> tuple[PreTrainedModel
 
 
 def _places(model: PreTrainedModel, folder: Path, config: Mapping[str, Any]) -> dict[str, StoredTensor] | None:
-    """Where each parameter of `model` is stored; None where that can't be told for each, or more is stored."""
+    """Where each parameter of `model` is stored; None where that can't be told for each, or others are stored."""
     prefix = f"{model.base_model_prefix}."
     head = named_head(architecture_of(config))
     stored = {tensor.name: tensor for file in weight_names(folder) for tensor in stored_tensors(folder / file)}
@@ -124,7 +124,8 @@ def _places(model: PreTrainedModel, folder: Path, config: Mapping[str, Any]) -> 
             return None
         places[name] = stored[alike[0]]
         left.remove(alike[0])
-    return places if left <= tied else None
+    copies = {name for name in left & tied if any(stored[name].equals(place) for place in places.values())}
+    return places if left == copies else None
 
 
 def _fill(model: nn.Module, places: Mapping[str, StoredTensor], folder: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Sequence
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -11,12 +12,12 @@ from compress import artifact
 from compress.errors import CompressError
 from compress.fetch import cache
 from compress.fetch.cache import recall
-from compress.models.anatomy import kind_of
+from compress.models.anatomy import FAMILIES, kind_of
 from compress.models.companions import companion_fault
 from compress.models.files import adapter_problem, link_problem, stays_inside
 from compress.models.heads import BACKBONE, architecture_of, misfit, named_head
 from compress.models.pooling import MODULES, read_pooling
-from compress.models.stored import names_in
+from compress.models.stored import names_in, stored_tensors
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -47,6 +48,9 @@ NO_MASK_TOKEN = (
 """What is wrong with a tokenizer, and what to do."""
 _GENERIC = ("PreTrainedTokenizerFast", "TokenizersBackend")
 """transformers' names of the class of tokenizers that has no special tokens but those that its files name."""
+TIED_HEADS = ("lm_head.weight", "embed_out.weight")
+"""A decoder's head, which may be tied to the token embeddings, by its ending."""
+_TABLES = tuple(f"{family.token_embedding}.weight" for family in FAMILIES)
 _MODULE_FILES = ("config.json", "*.safetensors")
 
 
@@ -171,9 +175,36 @@ def module_folders(folder: Path) -> list[str]:
 
 
 def config_of(folder: Path) -> dict[str, Any] | None:
-    """The parsed `config.json` of a folder; None where there is none that can be read."""
+    """The parsed `config.json` of a folder; None where there is none that can be read.
+
+    Of a head that is tied by what it says, and by the weights has others than the embeddings (a trainer untied it, or
+    merged an adapter into it), the weights are believed, as transformers does: `tie_word_embeddings` is False. Of
+    BERT's head it goes on tying the bias by that, and leaves the weights apart all the same.
+    """
     config = recall(folder / "config.json")
-    return config if isinstance(config, dict) else None
+    if not isinstance(config, dict):
+        return None
+    if config.get("tie_word_embeddings") is not False and _has_own_head(folder):
+        return {**config, "tie_word_embeddings": False}
+    return config
+
+
+def _has_own_head(folder: Path) -> bool:
+    """Whether the weights have a head of text that is not the table of the embeddings again."""
+    try:
+        files = [folder / name for name in weight_names(folder)]
+        return _stands_apart(tuple((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files))
+    except (CompressError, OSError, ValueError):  # told where they are loaded
+        return False
+
+
+@lru_cache
+def _stands_apart(files: tuple[tuple[str, int, int], ...]) -> bool:
+    """As `_has_own_head`, of files of that name, size and time."""
+    tensors = [tensor for name, *_ in files for tensor in stored_tensors(Path(name))]
+    heads = [tensor for tensor in tensors if tensor.name.endswith(TIED_HEADS)]
+    tables = [tensor for tensor in tensors if tensor.name.endswith(_TABLES)]
+    return bool(heads and tables) and not any(head.equals(table) for head in heads for table in tables)
 
 
 def _of_modules(folder: Path) -> list[Path]:

@@ -42,13 +42,13 @@ def read_model(folder: Path, *, device: str | int | None = None) -> PreTrainedMo
     """As `load_model`, also of weights in a form that transformers itself knows (bitsandbytes'), put on `device`."""
     import torch
 
-    config = json.loads((folder / "config.json").read_text("utf-8"))
+    config = config_of(folder) or {}
     head = named_head(architecture_of(config))
     left_over = head.left_over if head else ()
     model, report = read_folder(
         auto_class(config), folder, "are config.json and the weights complete?", dtype=torch.float32,
         use_safetensors=True, output_loading_info=True, device_map=None if device is None else {"": device},
-        **left_out(config, tensor_names(folder)),
+        **left_out(config, tensor_names(folder)), **untied(config),
     )  # fmt: skip
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         misfits = [str(name) for name in report.get(kind) or () if not is_buffer(str(name))]
@@ -160,6 +160,11 @@ def auto_class(config: Mapping[str, Any]) -> Any:
 def left_out(config: Mapping[str, Any], names: Collection[str]) -> dict[str, bool]:
     """Options of the class of a parsed `config.json`: weights of these `names` lack a part that it can do without."""
     return {"add_pooling_layer": False} if lacks_pooler(config, names) else {}
+
+
+def untied(config: Mapping[str, Any]) -> dict[str, bool]:
+    """Options of the class of `config_of`'s config: `config.json` itself may say that the head is tied, wrongly."""
+    return {"tie_word_embeddings": False} if config.get("tie_word_embeddings") is False else {}
 
 
 def know_classes(config: Mapping[str, Any]) -> None:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from compress.errors import CompressError
 
+_CHUNK = 1 << 24
+
 
 @dataclass(frozen=True)
 class StoredTensor:
@@ -26,6 +28,16 @@ class StoredTensor:
     def num_bytes(self) -> int:
         """Bytes that it takes in the file."""
         return self.stop - self.start
+
+    def equals(self, other: StoredTensor) -> bool:
+        """Whether both have one type, one shape and the same bytes."""
+        if (self.dtype, self.shape) != (other.dtype, other.shape):
+            return False
+        with self.file.open("rb") as ours, other.file.open("rb") as theirs:
+            ours.seek(self.start)
+            theirs.seek(other.start)
+            sizes = (min(_CHUNK, self.num_bytes - start) for start in range(0, self.num_bytes, _CHUNK))
+            return all(ours.read(size) == theirs.read(size) for size in sizes)
 
     def read(self) -> bytes:
         """Its bytes."""

@@ -7,7 +7,6 @@ Imports no torch unless asked for a model.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -52,11 +51,11 @@ def load_in_bits(folder: Path, bits: int) -> PreTrainedModel:
     import torch
     import transformers
 
-    from compress.models.folder import tensor_names
-    from compress.models.load import auto_class, left_out
+    from compress.models.folder import config_of, tensor_names
+    from compress.models.load import auto_class, left_out, untied
     from compress.models.pretrained import read_folder
 
-    config = json.loads((folder / "config.json").read_text("utf-8"))
+    config = config_of(folder) or {}
     if config.get("quantization_config"):
         raise CompressError(str(folder), "is quantised already", "take it as it is, or the model that it was made from")
     be_quiet()
@@ -67,7 +66,7 @@ def load_in_bits(folder: Path, bits: int) -> PreTrainedModel:
     model: PreTrainedModel = read_folder(
         auto_class(config), folder, "are config.json and the weights complete?", dtype=torch.float32,
         use_safetensors=True, quantization_config=quantization, device_map={"": device()},
-        **left_out(config, tensor_names(folder)),
+        **left_out(config, tensor_names(folder)), **untied(config),
     )  # fmt: skip
     model.train(False)
     return model

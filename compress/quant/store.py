@@ -24,6 +24,7 @@ from compress.artifact import write_json
 from compress.errors import CompressError
 from compress.models.anatomy import family_of
 from compress.models.dtypes import as_stored, declare_dtype, half_types
+from compress.models.folder import config_of
 from compress.models.load import auto_class, carry, left_out
 from compress.models.pretrained import new_model, with_weights
 from compress.quant import bnb
@@ -65,7 +66,7 @@ def save_quantized(
     stored |= floats
     _refuse_nan(stored, out)
     save_file(stored, out / WEIGHTS, metadata={"format": "pt"})
-    config = json.loads((origin / "config.json").read_text("utf-8"))
+    config = config_of(origin) or {}
     config.pop("auto_map", None)  # a hybrid model's own code, which only a plain folder carries
     declare_dtype(config, floats.values())
     reduced = any(not tensor.scheme.blockwise and tensor.scheme.bits < 8 for tensor in tensors.values())

@@ -14,7 +14,7 @@ from typing import Any
 
 from compress.errors import CompressError, InvalidInput
 from compress.models.anatomy import ModelShape, shape_of
-from compress.models.folder import tensor_names
+from compress.models.folder import config_of, tensor_names
 from compress.models.sources import source_artifact
 from compress.runner.execute import Setting, disk_explained, execute
 from compress.runner.journal import Journal, blank_record
@@ -80,7 +80,7 @@ def write_twin(origin: Path, out: Path) -> Path:
     from compress.vocab.small import small_vocabulary
 
     out.mkdir()
-    config_dict = twin_config(json.loads((origin / "config.json").read_text("utf-8")))
+    config_dict = twin_config(config_of(origin) or {})
     shape = shape_of(config_dict)
     if small := small_vocabulary(origin, shape.vocab_size):
         config_dict = small.config(config_dict) | {shape.family.key("vocab_size"): small.vocab_size}

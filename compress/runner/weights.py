@@ -9,11 +9,11 @@ from pathlib import Path
 from compress.artifact import CHECKPOINTS, Format
 from compress.errors import InvalidInput
 from compress.models.anatomy import ModelShape, is_buffer, shape_of
-from compress.models.folder import config_of, weight_files, weight_names
+from compress.models.folder import TIED_HEADS, config_of, weight_files, weight_names
 from compress.models.stored import StoredTensor, stored_tensors
 
-_HEADS = ("lm_head.weight", "embed_out.weight", "cls.predictions.decoder.weight", "cls.predictions.decoder.bias")
-"""What may be tied to the token embeddings, by its ending."""
+_TIED = (*TIED_HEADS, "cls.predictions.decoder.weight", "cls.predictions.decoder.bias")
+"""What may be another tensor's copy, by its ending."""
 
 
 def own_figures(folder: Path, format: Format, handed_on: float | None) -> dict[str, float]:
@@ -43,7 +43,7 @@ def own_figures(folder: Path, format: Format, handed_on: float | None) -> dict[s
 def _idle(tensors: Sequence[StoredTensor], folder: Path) -> list[StoredTensor]:
     """Those that are no parameters of the model, or the same ones again."""
     shape = _shape(folder)
-    tied = _HEADS if shape and shape.tie_word_embeddings else ()
+    tied = _TIED if shape and shape.tie_word_embeddings else ()
     heads = [tensor for tensor in tensors if tensor.name.endswith(tied)]
     copies = [head for head in heads if _is_copy(head, tensors)]
     left_over = shape.head.left_over if shape and shape.head else ()
@@ -60,5 +60,4 @@ def _shape(folder: Path) -> ModelShape | None:
 
 def _is_copy(head: StoredTensor, tensors: Iterable[StoredTensor]) -> bool:
     """Whether another tensor has the same values: transformers ties the head to its table only where they agree."""
-    alike = (each for each in tensors if (each.dtype, each.shape) == (head.dtype, head.shape) and each is not head)
-    return any(each.read() == head.read() for each in alike)
+    return any(each.equals(head) for each in tensors if each is not head)
