@@ -59,9 +59,8 @@ class Shelf:
         self._drop(name for name in done if name in self._places)
 
     def _read(self, path: str) -> None:
-        away = [name for name in self._names(path) if self.model.get_parameter(name).is_meta]
         if path not in self._held:
-            _fill(self.model, {name: self._places[name] for name in away}, self._folder)
+            _fill(self.model, {name: self._places[name] for name in self._names(path)}, self._folder)
 
     def _let_go(self, path: str) -> None:
         if path not in self._held:

@@ -10,14 +10,12 @@ from typing import Any
 from compress.artifact import write_json
 from compress.errors import StageFailed
 from compress.fetch.cache import recall
-from compress.models.folder import VOCABULARIES
+from compress.models.folder import GENERATION, VOCABULARIES
 from compress.vocab.tokens import TOKENIZER, Parsed, Vocabulary, pair_of
 
 NewIds = Mapping[int, int]
 """The new id of each token that stays, by its old one."""
-
-_GENERATION = "generation_config.json"
-_CONFIGS = ("config.json", _GENERATION)
+_CONFIGS = ("config.json", GENERATION)
 _SUPERSEDED = (*VOCABULARIES, "merges.txt", "added_tokens.json")
 """Files that hold the vocabulary, or ids, once more: `tokenizer.json` has them all."""
 _LISTS = ("suppress_tokens", "begin_suppress_tokens")

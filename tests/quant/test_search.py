@@ -134,6 +134,23 @@ def test_rows_in_several_parts_are_the_same_rows(monkeypatch: pytest.MonkeyPatch
     torch.testing.assert_close(whole.dequantize(), parts.dequantize(), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("scheme", [W4_BLOCK32, W4_BLOCK32.asymmetric], ids=label)
+def test_tables_in_several_parts_are_the_same_tables(scheme: Scheme, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight_NK, moment_KK = weight_and_moment()
+
+    def seen() -> tuple[QTensor, Tensor, float]:
+        found = search_scales(weight_NK, scheme, moment_KK.diagonal())
+        return found, found.dequantize(), output_error(weight_NK, found.dequantize(), moment_KK)
+
+    whole, whole_NK, whole_error = seen()
+    for module in ("search", "qtensor"):
+        monkeypatch.setattr(f"compress.quant.{module}.ROWS", 20)
+    parts, parts_NK, parts_error = seen()
+    assert torch.equal(parts.codes, whole.codes)
+    assert torch.equal(parts_NK, whole_NK)
+    assert parts_error == pytest.approx(whole_error, rel=1e-5)
+
+
 @pytest.mark.parametrize("act_order", [False, True])
 def test_gptq_takes_channels_that_never_occur_and_a_part_filled_last_block(act_order: bool) -> None:
     weight_NK, moment_KK = weight_and_moment(k=80)
